@@ -1,0 +1,59 @@
+# make demo    train, move between devices, kill, compare; writes demo-report.json and .html
+# make test    lint, types, room order and all quick tests
+# make soak    each long proof in full
+# make bench   times and ratios; ends 1 on a miss
+# make gpu-check [PYTHON=python3] [WHEELS=folder]   all that needs a GPU
+# make setup   ./.venv with the project installed; the others call it
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test soak bench gpu-check lint audit lock clean
+
+BIN := .venv/bin
+READY := .venv/.ready
+NATIVE := $(wildcard src/drivetrain/hal/*.c src/drivetrain/hal/*.h)
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+$(READY): pyproject.toml setup.py constraints.txt tools/setup.sh $(NATIVE)
+	@PYTHON="$(PYTHON)" tools/setup.sh
+
+setup: $(READY)
+
+demo: setup
+	@$(BIN)/drivetrain demo
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+# Lint goes first, so that the last line is pytest's own summary.
+test: lint
+	@$(BIN)/python -m pytest
+
+soak: setup
+	@$(BIN)/python -m pytest -m soak --timeout 3600
+
+bench: setup
+	@$(BIN)/python -m benchmarks
+
+# Takes the interpreter and the torch that are there; never touches .venv or the interpreter.
+gpu-check:
+	@$(or $(PYTHON),python3) tools/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)")
+
+# Known vulnerabilities of the pinned packages. Never fails a build that has no network.
+audit: setup
+	@$(BIN)/pip-audit --requirement requirements.lock --no-deps --disable-pip \
+	    || echo "audit: findings above, or no network; not counted as a failure"
+
+lock: setup
+	@$(BIN)/python tools/lock.py
+
+clean:
+	rm -rf .venv build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -f src/drivetrain/hal/*.so demo-report.json demo-report.html
+	find src tests examples benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
