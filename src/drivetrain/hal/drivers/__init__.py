@@ -1,0 +1,1 @@
+"""One file a vendor API: names, discovery, capabilities, telemetry, isolation, probe."""
