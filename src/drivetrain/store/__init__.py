@@ -1,0 +1,1 @@
+"""What outlives a process: the state folder, journals, and SQLite for history and leases."""
