@@ -1,0 +1,53 @@
+"""Host memory that a GPU reads and writes at full speed: page-locked for as long as it is used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+_REGISTERED = 0  # cudaSuccess
+
+
+class Pinned:
+    """A range of host memory, registered with the CUDA (or HIP) runtime until ``close``.
+
+    Where it cannot be registered (another kind of device, a limit on locked memory), copies work
+    all the same, only slower: ``pinned`` says which.
+    """
+
+    def __init__(self, address: int, nbytes: int, device: torch.device) -> None:
+        self._address = address
+        self.pinned = False
+        if device.type == "cuda" and nbytes:
+            code = _runtime().cudaHostRegister(address, nbytes, 0)
+            self.pinned = int(code) == _REGISTERED
+
+    def close(self) -> None:
+        """Unregister; the memory must still be mapped."""
+        if self.pinned:
+            self.pinned = False
+            _runtime().cudaHostUnregister(self._address)
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def mark(device: torch.device) -> Any:
+    """This point of the device's current stream, for ``beside``; None on the CPU."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def beside(device: torch.device, after: Any) -> Iterator[None]:
+    """Work inside runs on a stream of its own, once the device has passed the point ``after``."""
+    if after is None:
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        stream.wait_event(after)
+        yield
