@@ -1,0 +1,128 @@
+"""Peaks: measured in a worker, kept per device and driver version, never half-read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drivetrain import hal
+from drivetrain.errors import HalError
+from drivetrain.hal import config
+from drivetrain.placement import calibration
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRIVETRAIN_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def device() -> hal.Device:
+    return hal.device("cpu:0")
+
+
+FOUND = {
+    "torch_version": "1",
+    "peak_flops": {"float32": 1e9},
+    "copy_gbps": 2.0,
+    "launch_us": 3.0,
+    "links": {"to host": 4.0},
+}
+
+
+def test_a_cpu_is_measured_and_the_result_kept(device: hal.Device) -> None:
+    pytest.importorskip("torch")
+    assert calibration.load(device) is None
+    told: list[tuple[str, float]] = []
+    found = calibration.calibrate(device, progress=lambda what, share: told.append((what, share)))
+    assert calibration.load(device) == found
+    assert 1e8 < found.peak_flops["float32"] < 1e15
+    assert 0.1 < found.copy_gbps < 1e4
+    assert 0 < found.launch_us < 1e4
+    shares = [share for _, share in told]
+    assert shares == sorted(shares)
+    assert told[-1] == ("done", 1.0)
+
+
+def test_a_result_holds_for_one_driver_version(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "_measure", lambda *_: FOUND)
+    calibration.calibrate(device)
+    updated = replace(device, info=replace(device.info, driver_version="another"))
+    assert calibration.load(device) is not None
+    assert calibration.load(updated) is None
+
+
+def test_a_worker_that_cannot_start_its_torch_gives_the_reason(
+    device: hal.Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(HalError, match=r"no torch here; install it with: pip install"):
+        calibration.calibrate(device)
+    assert calibration.load(device) is None
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("import os; os.abort()", "-6|Abort"),
+        ("import time; time.sleep(60)", "did not end within 1 s"),
+        ("print('{\"result\": 7}'); raise SystemExit(3)", "ended with 3"),
+    ],
+)
+def test_a_worker_that_dies_or_hangs_is_an_error_with_the_reason(
+    device: hal.Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, reason: str
+) -> None:
+    (tmp_path / "torch.py").write_text(body)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(HalError, match=reason):
+        calibration.calibrate(device, limit_s=1 if "sleep" in body else 30)
+
+
+@pytest.mark.parametrize("spoilt", [{}, {"peak_flops": 3}, {"copy_gbps": "x"}, [], None, 7])
+def test_a_spoilt_entry_is_no_calibration(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch, spoilt: Any
+) -> None:
+    monkeypatch.setattr(calibration, "_measure", lambda *_: FOUND)
+    calibration.calibrate(device)
+    path = config.state_folder() / calibration.FILE
+    kept = config.read_json(path)
+    [key] = kept
+    entry = {**kept[key], **spoilt} if spoilt and isinstance(spoilt, dict) else spoilt
+    config.write_json(path, {key: entry})
+    assert calibration.load(device) is None
+
+
+def test_links_join_what_is_known_of_each_device(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = [
+        replace(
+            device,
+            address=f"cuda:{i}",
+            uuid=f"GPU-{i}",
+            info=replace(device.info, driver="cuda", index=i, uuid=f"GPU-{i}"),
+        )
+        for i in range(2)
+    ]
+    assert calibration.calibrate_links(gpus[:1]) == {}
+    monkeypatch.setattr(calibration, "_measure", lambda *_: FOUND)
+    for gpu in gpus:
+        calibration.calibrate(gpu)
+    seen: list[str] = []
+
+    def measure(request: Any, environment: dict[str, str], *_: Any) -> Any:
+        seen.append(environment["CUDA_VISIBLE_DEVICES"])
+        return {"links": [[0, 1, 300.0], [1, 0, 200.0]]}
+
+    monkeypatch.setattr(calibration, "_measure", measure)
+    calibration.calibrate_links(gpus)
+    assert seen == ["GPU-0,GPU-1"]
+    known = calibration.load(gpus[0])
+    assert known is not None
+    assert known.links == {"to host": 4.0, "GPU-1": 300.0}
