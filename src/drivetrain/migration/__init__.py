@@ -1,0 +1,1 @@
+"""Moving a job: strategies, integrity, shared memory, checkpoints. Imports no torch."""
