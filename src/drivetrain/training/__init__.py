@@ -1,0 +1,7 @@
+"""The training loop that can change its device."""
+
+from drivetrain.errors import Moved, Retry
+from drivetrain.training.job import TrainingJob, device_for_this_job
+from drivetrain.training.step import Step
+
+__all__ = ["Moved", "Retry", "Step", "TrainingJob", "device_for_this_job"]

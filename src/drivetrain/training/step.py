@@ -1,0 +1,242 @@
+"""One step of a training loop: what ``for step in run`` yields."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import struct
+import sys
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from drivetrain.errors import Retry
+
+Number = float | int | bool | str
+
+
+class Step:
+    """A step of the loop; ``with step as batch:`` gives the loader's batch, tensors placed.
+
+    ``index`` counts completed steps before this one, ``epoch`` epochs, ``attempt`` how often this
+    step was tried before. ``updates`` is true where a group of ``accumulate`` steps ends (step the
+    optimizer there); ``ends_epoch`` on an epoch's last step; ``dry`` in a warm-up step whose
+    effects are thrown away. ``ok`` is false when the step failed and will be tried again.
+    """
+
+    def __init__(
+        self,
+        batch: Any,
+        *,
+        index: int,
+        epoch: int,
+        updates: bool,
+        ends_epoch: bool,
+        attempt: int = 0,
+        dry: bool = False,
+        guard: StepGuard | None = None,
+    ) -> None:
+        self.index = index
+        self.epoch = epoch
+        self.updates = updates
+        self.ends_epoch = ends_epoch
+        self.attempt = attempt
+        self.dry = dry
+        self.ok = True
+        self.entered = False
+        self.left = False
+        self._batch = batch
+        self._guard = guard
+        self._logged: dict[str, Any] = {}
+
+    def __enter__(self) -> Any:
+        self.entered = True
+        return self._batch
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if error is None:
+            self.left = True
+            return False
+        if self._guard is not None and recoverable(error) and self._guard.put_back():
+            self.ok = False
+            self._logged = {}
+            return True
+        return False
+
+    def log(self, **values: Any) -> None:
+        """Record numbers of this step: number, bool, str or one-element tensor.
+
+        A tensor is copied without waiting for the device and read when the step ends.
+        """
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                if value.numel() != 1:
+                    raise TypeError(
+                        f"step.log({name}=...) got a tensor of {value.numel()} elements; log one "
+                        "number, for example .mean()"
+                    )
+                value = value.detach().clone()
+            elif not isinstance(value, (int, float, bool, str)):
+                item = getattr(value, "item", None)
+                if item is None:
+                    raise TypeError(
+                        f"step.log({name}=...) got {type(value).__name__}; it takes a number, "
+                        "bool, str or one-element tensor"
+                    )
+                value = item()
+            self._logged[name] = value
+
+    def logged(self) -> dict[str, Number]:
+        """What was logged, as plain values (waits for the device)."""
+        return {
+            name: value.item() if isinstance(value, torch.Tensor) else value
+            for name, value in self._logged.items()
+        }
+
+
+def recoverable(error: BaseException) -> bool:
+    """True for what may go away by itself: ``Retry`` and failed collectives."""
+    if isinstance(error, Retry):
+        return True
+    backend = getattr(torch.distributed, "DistBackendError", None)
+    return backend is not None and isinstance(error, backend)
+
+
+class StepGuard:
+    """Remembers what a step changes before the optimizer runs, so that the step can be retried.
+
+    That is: the random generators, the models' buffers and, inside a group of accumulated steps,
+    the gradients so far.
+    """
+
+    def __init__(self, models: list[torch.nn.Module], device: torch.device) -> None:
+        buffers: list[torch.Tensor] = []
+        self._parameters: list[torch.nn.Parameter] = []
+        for model in models:
+            buffers.extend(model.buffers())
+            self._parameters.extend(model.parameters())
+        # One copy operation takes tensors of one type: grouped, they cost a launch or two a step.
+        by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+        for buffer in buffers:
+            by_type.setdefault(buffer.dtype, []).append(buffer)
+        self._groups = [
+            (live, [torch.empty_like(buffer) for buffer in live]) for live in by_type.values()
+        ]
+        self._gradients: list[torch.Tensor | None] | None = None
+        self._device = device
+        self._random: Any = None
+        self._numpy: Any = None
+        self._numpy_generator = _NumpyGenerator()
+        self._python_generator = _PythonGenerator()
+        self._torch: torch.Tensor | None = None
+        # Philox: a seed and an offset are the whole state, and reading them asks no device.
+        self._cuda: tuple[int, int] | None = None
+        self._cuda_generator = _cuda_generator(device)
+        self.stepped = False
+
+    def remember(self, *, gradients: bool) -> None:
+        """Take the snapshot; with ``gradients`` also those of an unfinished group."""
+        self.stepped = False
+        self._random = self._python_generator.state()
+        self._torch = torch.get_rng_state()
+        self._numpy = self._numpy_generator.state()
+        if self._cuda_generator is not None:
+            generator = self._cuda_generator
+            self._cuda = (generator.initial_seed(), generator.get_offset())
+        with torch.no_grad():
+            for live, saved in self._groups:
+                torch._foreach_copy_(saved, live)
+        self._gradients = None
+        if gradients:
+            self._gradients = [
+                None if p.grad is None else p.grad.detach().clone() for p in self._parameters
+            ]
+
+    def put_back(self) -> bool:
+        """Undo the step so far; False when the optimizer has already stepped."""
+        if self.stepped or self._torch is None:
+            return False
+        random.setstate(self._random)
+        torch.set_rng_state(self._torch)
+        if self._numpy is not None:
+            np.random.set_state(self._numpy)
+        if self._cuda is not None and self._cuda_generator is not None:
+            self._cuda_generator.manual_seed(self._cuda[0])
+            self._cuda_generator.set_offset(self._cuda[1])
+        with torch.no_grad():
+            for live, saved in self._groups:
+                torch._foreach_copy_(live, saved)
+        for index, parameter in enumerate(self._parameters):
+            parameter.grad = None if self._gradients is None else self._gradients[index]
+        return True
+
+
+def _cuda_generator(device: torch.device) -> torch.Generator | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    return torch.cuda.default_generators[device.index or 0]
+
+
+class _PythonGenerator:
+    """The state of ``random``, read in full (slow) only when its bits in memory have changed.
+
+    Where the bits lie is CPython's own affair, so it is checked first; where they are not found,
+    every read is a full one.
+    """
+
+    _BYTES = 2500  # a position and 624 words, behind the object's header
+
+    def __init__(self) -> None:
+        self._source: Any = getattr(random, "_inst", None)
+        self._address = id(self._source) + object.__basicsize__
+        self._key: Any = None
+        self._known: Any = None
+        self._found = sys.implementation.name == "cpython" and self._is_there()
+
+    def _is_there(self) -> bool:
+        if self._source is None or type(self._source).__basicsize__ < 16 + self._BYTES:
+            return False
+        words = struct.unpack("625I", ctypes.string_at(self._address, self._BYTES))
+        return bool((*words[1:], words[0]) == self._source.getstate()[1])
+
+    def state(self) -> Any:
+        if not self._found:
+            return random.getstate()
+        bits = ctypes.string_at(self._address, self._BYTES)
+        key = (bits, self._source.gauss_next)
+        if key != self._key:
+            self._known = random.getstate()
+            self._key = key
+        return self._known
+
+
+class _NumpyGenerator:
+    """numpy's global state, read in full, which is slow, only when it may have changed.
+
+    Its 2.5 kB of bits change with every draw but one: a normal number that was kept from the draw
+    before. So while no such number is kept, equal bits mean an equal state.
+    """
+
+    _BYTES = 2500  # 624 words and a position
+
+    def __init__(self) -> None:
+        self._bits = b""
+        self._known: Any = None
+
+    def state(self) -> Any:
+        generator: Any = np.random.mtrand.get_bit_generator()
+        if type(generator).__name__ != "MT19937":
+            return np.random.get_state()
+        bits = ctypes.string_at(generator.ctypes.state_address, self._BYTES)
+        if self._known is None or bits != self._bits or self._known[3]:
+            self._known = np.random.get_state()
+            self._bits = bits
+        return self._known
