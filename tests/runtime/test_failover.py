@@ -1,0 +1,447 @@
+"""Losing a worker, a device, or the runtime; and what is the script's own fault."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from drivetrain.runtime.process import MARK
+from drivetrain.runtime.status import StatusPage
+from drivetrain.store.database import Database
+from drivetrain.store.journal import Journal
+from drivetrain.store.process import ProcessId
+
+from .conftest import MAIN, SCRIPT, Home, carrying, until
+from .test_crash_points import check_steps, step_log
+
+Unmoved = Callable[..., dict[str, Any]]
+JOB = ("--on", "cpu:0", "--name", "j", "--replicate-every", "1")
+
+
+def owner(home: Home) -> tuple[int, str]:
+    """The owner's pid and its mark in the environment of all that it started."""
+    pid = home.wait_step(3, "j")
+    job = home.job("j")
+    assert job is not None
+    return pid, f"{MARK}={job.view.worker_key}"
+
+
+def failovers(home: Home) -> list[dict[str, Any]]:
+    job = home.job("j")
+    return [] if job is None else job.view.failovers
+
+
+def lose_worker(home: Home, count: int = 1) -> dict[str, Any]:
+    """SIGKILL the owner and wait for the failover's report, number ``count``."""
+    pid, _ = owner(home)
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: len(failovers(home)) >= count, "the failover")
+    return failovers(home)[-1]
+
+
+# -- a worker dies --------------------------------------------------------------------------------
+
+
+def test_a_killed_worker_comes_back_with_all_that_it_started_gone(
+    home: Home, unmoved: Unmoved
+) -> None:
+    args = ("--workers", "2", "--steps", "64")
+    hosted = home.run(*JOB, args=("--child", "--delay", "0.2", *args))
+    _, mark = owner(home)
+    before = carrying(mark.encode())
+    assert len(before) >= 4  # itself, two loader workers, one child of the script
+    report = lose_worker(home)
+    until(lambda: not carrying(mark.encode()), "the lost worker's children to be gone", 5.0)
+    assert report["from"] == "cpu:0"
+    assert report["to"] == "cpu:1"
+    assert report["steps_repeated"] <= 1
+    assert report["resumed_ms"] < 10_000
+    assert (report["samples_lost"], report["samples_doubled"]) == (0, 0)
+    home.go.touch()
+    assert hosted.wait() == 0
+    assert hosted.result() == unmoved(*args)
+    check_steps(step_log(home), repeats=1)
+    home.assert_nothing_left()
+
+
+def test_a_standby_takes_over_within_two_seconds(home: Home, unmoved: Unmoved) -> None:
+    hosted = home.run(*JOB, "--standby", "cpu:1")
+    home.wait_step(3, "j")
+
+    def ready() -> bool:
+        job = home.job("j")
+        assert job is not None
+        found = job.view.standby
+        return bool(found) and "waiting" in standby_state(found)
+
+    def standby_state(found: dict[str, Any]) -> str:
+        # It has nothing left to do once it used no processor for a while.
+        pid = found["process"]["pid"]
+        first = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:13]
+        time.sleep(0.3)
+        second = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()[11:13]
+        return "waiting" if first == second and int(first[0]) > 50 else "busy"
+
+    until(ready, "the standby to be warm")
+    report = lose_worker(home)
+    assert report["to"] == "cpu:1"
+    assert report["resumed_ms"] < 2000
+    assert report["steps_repeated"] <= 1
+    home.go.touch()
+    assert hosted.wait() == 0
+    assert hosted.result() == unmoved()
+    home.assert_nothing_left()
+
+
+def test_a_standbys_replica_survives_worker_and_runtime(home: Home, unmoved: Unmoved) -> None:
+    hosted = home.run(*JOB, "--standby", "cpu:1", "--checkpoint-every", "off")
+    pid = home.wait_step(20, "j")
+
+    def holds() -> bool:
+        job = home.job("j")
+        if job is None or not job.view.standby:
+            return False
+        folder = f"/proc/{job.view.standby['process']['pid']}/fd"
+        names = [os.readlink(f"{folder}/{fd}") for fd in os.listdir(folder)]
+        return sum("drivetrain-replica" in name for name in names) >= 2
+
+    until(holds, "the standby to hold the replica")
+    hosted.process.kill()
+    hosted.process.wait()
+    os.kill(pid, signal.SIGKILL)
+    again = home.run("--resume", "j", script=None)
+    home.wait_step(21, "j")
+    home.go.touch()
+    assert again.wait() == 0, again.err
+    assert again.result() == unmoved()
+    check_steps(step_log(home), repeats=1)
+    home.assert_nothing_left()
+
+
+def test_a_backup_comes_before_other_devices(home: Home) -> None:
+    home.run(*JOB, "--backup", "cpu:0")
+    assert lose_worker(home)["to"] == "cpu:0"
+    home.ok("stop", "j")
+
+
+def kills(home: Home, count: int, unmoved: Unmoved, *, of_runtime: float, steps: str) -> None:
+    """``count`` SIGKILLs at random moments, each after a step since the one before."""
+    dice = random.Random(count)
+    hosted = home.run(*JOB, args=("--steps", steps))
+    home.wait_step(3, "j")
+    for _ in range(count):
+        job = home.job("j")
+        assert job is not None
+        assert job.page is not None
+        base = max(job.page.restored_step, 0)
+        pid = until(
+            lambda base=base: (
+                (now := home.job("j")) is not None
+                and now.page is not None
+                and now.view.present_state() == "running"
+                and now.view.worker is not None
+                and now.page.step > base
+                and now.page.step > now.page.restored_step
+                and now.view.worker.pid
+            ),
+            "a step since the last kill",
+        )
+        time.sleep(dice.random() * 0.5)
+        if dice.random() < of_runtime:
+            hosted.process.kill()
+            hosted.process.wait()
+            hosted = home.run("--resume", "j", script=None)
+            until(
+                lambda: (
+                    (now := home.job("j")) is not None
+                    and now.view.runtime is not None
+                    and now.view.runtime.alive
+                ),
+                "the new runtime",
+            )
+        else:
+            seen = len(failovers(home))
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            until(lambda seen=seen: len(failovers(home)) > seen, "the failover")
+            report = failovers(home)[-1]
+            assert report["steps_repeated"] <= 1
+            assert report["resumed_ms"] < 10_000
+    home.go.touch()
+    assert hosted.wait(300) == 0, hosted.err
+    job = home.job("j")
+    assert job is not None
+    lines = (job.directory / "logs" / "out").read_bytes().splitlines()
+    assert len(lines) == 1
+    check_steps(step_log(home), repeats=1)
+    assert hosted.result() == unmoved("--steps", steps)
+    home.assert_nothing_left()
+
+
+def test_three_random_kills(home: Home, unmoved: Unmoved) -> None:
+    kills(home, 3, unmoved, of_runtime=0.34, steps="800")
+
+
+@pytest.mark.soak
+def test_fifty_random_kills(home: Home, unmoved: Unmoved) -> None:
+    began = time.monotonic()
+    kills(home, 50, unmoved, of_runtime=0.2, steps="8000")
+    assert time.monotonic() - began >= 60
+
+
+# -- whose fault ----------------------------------------------------------------------------------
+
+
+def test_a_device_error_condemns_the_device_and_the_job_goes_on(
+    home: Home, unmoved: Unmoved
+) -> None:
+    once = str(home.folder / "once")
+    hosted = home.run(*JOB, args=("--fault", "lost:20", "--once", once))
+    until(lambda: failovers(home), "the failover")
+    report = failovers(home)[0]
+    assert "DeviceLost" in report["error"]
+    assert (report["from"], report["to"]) == ("cpu:0", "cpu:1")
+    home.wait_step(25, "j")
+    assert lose_worker(home, 2)["to"] == "cpu:1"  # not back to the condemned one
+    home.go.touch()
+    assert hosted.wait() == 0
+    assert hosted.result() == unmoved()
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "text"),
+    [
+        ("error", 1, "ValueError: a mistake of the script's own"),
+        ("oom", 1, "CUDA out of memory"),
+        ("assert", 1, "device-side assert"),
+        ("exit", 7, ""),
+    ],
+)
+def test_what_the_script_did_wrong_is_not_repeated(
+    home: Home, fault: str, code: int, text: str
+) -> None:
+    hosted = home.run(*JOB, args=("--fault", f"{fault}:5"))
+    assert hosted.wait() == code
+    assert text in hosted.err
+    if text:
+        assert "Traceback" in hosted.err
+        assert "drivetrain/runtime/worker.py" not in hosted.err
+    job = home.job("j")
+    assert job is not None
+    assert job.view.failovers == []
+    assert job.view.exit is not None
+    assert (job.view.exit["state"], job.view.exit["code"]) == ("failed", code)
+    home.assert_nothing_left()
+
+
+def test_a_nan_is_said_once_and_stops_nothing(home: Home) -> None:
+    hosted = home.run(*JOB, args=("--steps", "40", "--fault", "nan:5,nan:6"))
+    home.go.touch()
+    assert hosted.wait() == 0
+    assert hosted.err.count("is NaN") == 1
+
+
+def test_the_same_step_failing_on_two_devices_stops_the_job(home: Home) -> None:
+    hosted = home.run(*JOB, args=("--fault", "lost:20"))
+    assert hosted.wait() == 1
+    assert "step 21 failed on two devices" in hosted.err
+    assert "cpu:0" in hosted.err
+    assert "cpu:1" in hosted.err
+    assert home.summary("j")["state"] == "failed"
+    home.assert_nothing_left()
+
+
+def test_three_fruitless_failovers_stop_the_job(home: Home) -> None:
+    hosted = home.run(*JOB, args=("--fault", "late:20"))
+    assert hosted.wait() == 1
+    assert "3 failovers without a completed step" in hosted.err
+    assert len(failovers(home)) == 3
+    assert home.summary("j")["state"] == "failed"
+    home.assert_nothing_left()
+
+
+@pytest.mark.soak
+def test_a_job_that_comes_no_further_is_stopped(home: Home) -> None:
+    """Each copy completes the last step again, but dies before its replica is closed."""
+    hosted = home.run(*JOB, args=("--fault", "kill:20"))
+    assert hosted.wait() == 1
+    assert "without" in hosted.err
+    assert 3 <= len(failovers(home)) <= 10
+    home.assert_nothing_left()
+
+
+# -- the runtime dies -----------------------------------------------------------------------------
+
+
+def test_orphans_that_should_exit_do(home: Home) -> None:
+    hosted = home.run(*JOB, "--orphan", "exit")
+    home.wait_step(5, "j")
+    hosted.process.kill()
+    hosted.process.wait()
+    until(lambda: home.summary("j")["state"] == "stopped", "the orphan to stop")
+    home.assert_nothing_left()
+
+
+def test_a_worker_finishes_without_a_runtime_and_says_so(home: Home, unmoved: Unmoved) -> None:
+    hosted = home.run(*JOB)
+    home.wait_step(5, "j")
+    hosted.process.kill()
+    hosted.process.wait()
+    found = home.summary("j")
+    assert found["state"] == "running"
+    assert len(found["workers"]) == 1
+    home.go.touch()
+    until(lambda: home.summary("j")["state"] == "done", "the worker to finish")
+    text = home.ok("logs", "j")
+    assert text.count("hash") == 1
+    assert str(unmoved()["hash"]) in text
+    assert home.drivetrain("run", "--resume", "j").returncode == 2
+    home.assert_nothing_left()
+
+
+@pytest.mark.soak
+def test_a_worker_that_will_not_answer_keeps_the_job(home: Home, unmoved: Unmoved) -> None:
+    hosted = home.run(*JOB)
+    pid = home.wait_step(5, "j")
+    hosted.process.kill()
+    hosted.process.wait()
+    os.kill(pid, signal.SIGSTOP)
+    refused = home.drivetrain("run", "--resume", "j")
+    assert refused.returncode == 1
+    assert f"kill -9 {pid}" in refused.stderr
+    os.kill(pid, signal.SIGCONT)
+    again = home.run("--resume", "j", script=None)
+    until(lambda: "adopted" in again.err, "the worker to be adopted")
+    home.go.touch()
+    assert again.wait() == 0
+    assert again.result() == unmoved()
+
+
+def test_a_worker_that_wakes_up_after_it_was_replaced_does_nothing_more(home: Home) -> None:
+    home.run(*JOB)
+    pid = home.wait_step(5, "j")
+    job = home.job("j")
+    assert job is not None
+    os.kill(pid, signal.SIGSTOP)
+    with Journal.open(job.directory / "journal") as journal:
+        data = {
+            "worker": ProcessId.of().to_json(),
+            "key": "elsewhere",
+            "device": "cpu:1",
+            "reason": "test",
+            "step": job.step,
+        }
+        journal.append("commit", data, epoch=job.view.epoch + 1, expect_seq=journal.tail_seq)
+    page = StatusPage.open(job.directory / "status", write=True)
+    page.epoch = job.view.epoch + 1
+    before = len(step_log(home)), page.step
+    os.kill(pid, signal.SIGCONT)
+    until(lambda: not carrying(f"{MARK}={job.view.worker_key}".encode()), "it to end", 10.0)
+    assert (len(step_log(home)), page.step) == before
+
+
+def test_a_lost_database_costs_nothing(home: Home, unmoved: Unmoved) -> None:
+    hosted = home.run(*JOB, "--memory", "64M")
+    pid = home.wait_step(5, "j")
+    for path in home.state.glob("drivetrain.sqlite*"):
+        path.unlink()
+    found = home.summary("j")
+    assert (found["state"], found["workers"][0]["pid"]) == ("running", pid)
+
+    def leased() -> bool:
+        database = Database(home.state / "drivetrain.sqlite")
+        try:
+            return [(le.owner.pid, le.nbytes) for le in database.leases()] == [(pid, 64 << 20)]
+        finally:
+            database.close()
+
+    until(leased, "the lease to be back", 10.0)
+    home.go.touch()
+    assert hosted.wait() == 0
+    assert hosted.result() == unmoved()
+
+
+# -- batch systems and Ctrl-C ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.soak)])
+def test_a_requeued_job_goes_on_where_it_was(home: Home, unmoved: Unmoved, name: str) -> None:
+    line = ("--on", "cpu:0", "--resume-or-start", "nightly")
+    hosted = home.run(*line)
+    home.wait_step(20, "nightly")
+    hosted.process.send_signal(signal.Signals[name])
+    assert hosted.wait() == 75, hosted.err
+    saved = re.search(r"saved at step (\d+)", hosted.err)
+    assert saved
+    assert home.summary("nightly")["state"] == "paused"
+    home.assert_nothing_left()
+    again = home.run(*line)
+    home.wait_step(int(saved[1]) + 1, "nightly")
+    home.go.touch()
+    assert again.wait() == 0
+    assert again.result() == unmoved()
+    assert again.process.returncode == 0
+    done = home.drivetrain("run", "--resume-or-start", "nightly")
+    assert (done.returncode, "done already" in done.stderr) == (0, True)
+
+
+def test_a_state_that_cannot_be_saved_in_time_is_resumed_from_the_last_one(
+    home: Home, unmoved: Unmoved
+) -> None:
+    line = ("--on", "cpu:0", "--resume-or-start", "nightly", "--checkpoint-every", "0.2")
+    once = str(home.folder / "once")
+    args = ("--fault", "sleep:60", "--once", once)
+    hosted = home.run(*line, "--grace", "0.3", args=args)
+    until(lambda: Path(once).exists(), "the long step")
+    hosted.process.send_signal(signal.SIGTERM)
+    assert hosted.wait() == 75, hosted.err
+    assert home.summary("nightly")["state"] == "lost"
+    home.go.touch()
+    again = home.run(*line, args=args)
+    assert again.wait() == 0, again.err
+    assert again.result() == unmoved()
+
+
+def test_ctrl_c_ends_the_worker_and_its_children(home: Home) -> None:
+    hosted = home.run(*JOB, args=("--child", "--workers", "2"))
+    home.wait_step(3, "j")
+    hosted.process.send_signal(signal.SIGINT)
+    assert hosted.wait() == 130
+    assert home.summary("j")["state"] == "stopped"
+    home.assert_nothing_left()
+
+
+def test_ctrl_c_in_the_middle_of_a_move_does_not_wait_for_it(home: Home) -> None:
+    """The target hangs before its loop; nobody should have to wait until that is given up."""
+    path = home.folder / "hangs.py"
+    text = SCRIPT.read_text()
+    path.write_text(
+        "import os, time\n"
+        "if os.environ.get('DRIVETRAIN_ROLE') == 'target':\n    time.sleep(600)\n"
+        + text[text.index("import argparse") :]
+    )
+    hosted = home.run("--on", "cpu:0", "--name", "j", script=path, args=("--go", str(home.go)))
+    home.wait_step(3, "j")
+    move = subprocess.Popen(
+        [sys.executable, "-c", MAIN, "migrate", "j", "--to", "cpu:1"],
+        env=home.env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    home.wait_state("moving", "j")
+    hosted.process.send_signal(signal.SIGINT)
+    assert hosted.wait(30) == 130
+    assert move.wait(10) == 1
+    home.assert_nothing_left()
