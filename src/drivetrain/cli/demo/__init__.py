@@ -1,0 +1,1 @@
+"""``drivetrain demo``: train, move, kill, compare, and show it."""
