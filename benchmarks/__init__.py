@@ -1,0 +1,1 @@
+"""Times and ratios: each ``bench_*.py`` prints its numbers and ends 1 on a miss."""
