@@ -73,7 +73,7 @@ def _driver(name, pci):
         discover=discover,
         telemetry=telemetry,
         probe=probe,
-        groups={"compute": object()},
+        groups=frozenset({"compute"}),
     )
 
 

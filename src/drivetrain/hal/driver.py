@@ -20,15 +20,18 @@ The rules of the required core:
 * ``probe(info)`` does a small operation on the device and compares the result; it raises a
   ``HalError`` otherwise. It runs in a child of its own under ``info.isolation``, may hang, and may
   crash.
+* ``open(info)`` makes the device ready in this process and returns its `Backend`: plain integers
+  in, plain integers out. A driver without it serves torch only. What a backend has beyond the
+  required core it declares in ``groups``; the core answers ``Unsupported`` for the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
 
-from drivetrain.errors import Unsupported
 from drivetrain.hal.device import Capabilities, DeviceInfo, Isolation
 from drivetrain.hal.telemetry import Telemetry
 
@@ -36,23 +39,28 @@ __all__ = [
     "API_VERSION",
     "GROUPS",
     "OLDEST_API_VERSION",
+    "Backend",
     "Capabilities",
     "DeviceInfo",
     "Driver",
+    "FunctionFacts",
     "Isolation",
+    "Kind",
+    "LaunchAbi",
+    "Limits",
+    "Target",
     "Telemetry",
+    "Way",
     "hidden_from_all",
 ]
 
-API_VERSION = 1
+API_VERSION = 2
 OLDEST_API_VERSION = 1
 
 ENTRY_POINT_GROUP = "drivetrain.drivers"
 
 GROUPS = {
-    "memory": "open, alloc, free, copy, fill",
-    "stream": "streams and events",
-    "compute": "module and launch; a driver without it serves torch only",
+    "compute": "module and launch",
     "graphs": "captured work, launched again",
     "peer": "one device reads another's memory",
     "ipc": "memory shared between processes",
@@ -66,6 +74,220 @@ GROUPS = {
 """Optional groups: what each holds. A driver declares those it has in ``Driver.groups``."""
 
 
+class Kind(IntEnum):
+    """What sort of memory an allocation is."""
+
+    DEVICE = 0
+    """The device's own. The host does not touch it."""
+    PINNED = 1
+    """Host memory that the device reaches and copies fast. Group ``pinned``."""
+    MANAGED = 2
+    """Memory that both sides touch and that moves by itself. Group ``managed``."""
+
+
+class Way(IntEnum):
+    """Which side each end of a copy lies on. ``HOST`` is any host memory of this process."""
+
+    HOST_TO_HOST = 0
+    HOST_TO_DEVICE = 1
+    DEVICE_TO_HOST = 2
+    DEVICE_TO_DEVICE = 3
+
+
+@dataclass(frozen=True)
+class Target:
+    """What kernels are compiled for on this device."""
+
+    kind: str
+    """``cuda``, ``hip``, ``opencl`` or ``cpu``: which compiler."""
+    arch: str = ""
+    """``sm_90``, ``gfx942``, ``x86-64-v4``; for OpenCL the device's OpenCL C version."""
+    features: tuple[str, ...] = ()
+    """Words that kernels may ask about: ``fp64``, ``fp16``, ``subgroups``, ``binary_only``."""
+    version: str = ""
+    """Of the driver that compiles or loads the code: a part of the cache's key."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a launch must keep to; the core checks it before the driver is called."""
+
+    grid: tuple[int, int, int]
+    """Most blocks in x, y, z."""
+    block: tuple[int, int, int]
+    """Most threads of a block in x, y, z."""
+    threads: int
+    """Most threads of a block in all."""
+    shared_bytes: int
+    """Most shared memory of a block, static and dynamic together."""
+
+
+@dataclass(frozen=True)
+class FunctionFacts:
+    """What a loaded kernel needs; 0 means "not told"."""
+
+    threads: int = 0
+    """Most threads of a block for this kernel."""
+    registers: int = 0
+    shared_bytes: int = 0
+    """Static shared memory."""
+    local_bytes: int = 0
+    """Spilled, for each thread."""
+
+
+class LaunchAbi(IntEnum):
+    """How a launch is called from C; see ``drivetrain_hal.h``."""
+
+    PYTHON = 0
+    """Not at all: the core calls ``Backend.launch``."""
+    CUDA = 1
+    """The address of ``cuLaunchKernel`` or a function with its arguments."""
+    PLAIN = 2
+    """``int launch(void *function, const uint32_t grid[3], const uint32_t block[3], uint32_t
+    shared, void *stream, void **arguments)``, 0 for success."""
+
+
+class Backend(Protocol):
+    """One device, open in this process.
+
+    Handles and addresses are plain integers; 0 is no handle. Any thread may call any method, and
+    each call makes current what its API wants current. A method raises a ``HalError`` that names
+    the vendor's code, and nothing else. Waits take ``timeout_s`` and return False when it passed.
+    Everything queued on one stream happens in order; streams are unordered otherwise.
+    """
+
+    groups: frozenset[str]
+    alignment: int
+    """Bytes: each address from ``alloc`` is a multiple of it. A power of two, at least 16."""
+    limits: Limits
+    target: Target
+
+    def close(self) -> None:
+        """Give back all that is left. The device may be opened again afterwards."""
+
+    def memory(self) -> tuple[int, int]:
+        """(free bytes, total bytes) now."""
+
+    def synchronize(self, timeout_s: float) -> bool:
+        """Wait until all that was queued on the device from here is done."""
+
+    # -- memory: required; kinds other than DEVICE are the groups ``pinned`` and ``managed``
+
+    def alloc(self, nbytes: int, kind: int, stream: int) -> int:
+        """An address, usable by work queued on ``stream`` from here on. Raises OutOfMemory."""
+
+    def free(self, ptr: int, kind: int, stream: int) -> None:
+        """Give memory back once the work queued on ``stream`` so far is done."""
+
+    def copy(self, dst: int, src: int, nbytes: int, way: int, stream: int, host_free: bool) -> None:
+        """Queue a copy. ``host_free``: return only when host memory it reads may be reused. The
+        two ranges do not overlap. Host memory may be pageable."""
+
+    def fill(self, ptr: int, pattern: bytes, count: int, stream: int) -> None:
+        """Queue ``count`` repetitions of ``pattern`` (1, 2, 4, 8 or 16 bytes) to ``ptr``, which
+        is a multiple of the pattern's length."""
+
+    # -- streams and events: required
+
+    def stream_create(self, priority: int) -> int:
+        """A stream; a lower ``priority`` goes first where the device knows priorities."""
+
+    def stream_destroy(self, stream: int) -> None:
+        """Let go of a stream; what was queued on it still happens."""
+
+    def stream_done(self, stream: int) -> bool:
+        """Whether all that was queued so far has happened. A failure of that work is raised."""
+
+    def stream_synchronize(self, stream: int, timeout_s: float) -> bool:
+        """Wait for all that was queued so far. A failure of that work is raised here."""
+
+    def stream_wait(self, stream: int, event: int) -> None:
+        """What is queued on ``stream`` from here on waits for the event as last recorded."""
+
+    def event_create(self, timing: bool) -> int:
+        """An event; it counts as done until it is recorded."""
+
+    def event_destroy(self, event: int) -> None:
+        """Let go of an event; waits that were queued on it still hold."""
+
+    def event_record(self, event: int, stream: int) -> None:
+        """The event is done once all that is queued on ``stream`` so far is done."""
+
+    def event_done(self, event: int) -> bool: ...
+
+    def event_synchronize(self, event: int, timeout_s: float) -> bool: ...
+
+    # -- group timing
+
+    def event_seconds(self, start: int, end: int) -> float:
+        """Seconds on the device's clock between two recorded, done events made for timing."""
+
+    # -- group compute
+
+    def module_load(self, code: bytes, form: str) -> int:
+        """Load what the compiler made (``ptx``, ``cubin``, ``cl``, ``spirv``, ``so``, ...). Raises
+        CompileError when the driver does not take it, Unsupported for a form it never takes."""
+
+    def module_unload(self, module: int) -> None: ...
+
+    def function(self, module: int, symbol: str) -> int:
+        """A kernel by its symbol. Raises HalError with code ``no_such_kernel``."""
+
+    def function_facts(self, function: int) -> FunctionFacts: ...
+
+    def launch(
+        self,
+        function: int,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared: int,
+        stream: int,
+        arguments: int,
+        sizes: Sequence[int],
+    ) -> None:
+        """Queue a kernel. ``arguments`` is the address of an array of addresses, one an argument;
+        ``sizes`` are the arguments' bytes, negative for a pointer to memory of the device. All is
+        read before the call returns. ``shared`` bytes of dynamic shared memory."""
+
+    def launcher(self) -> tuple[int, int]:
+        """(a `LaunchAbi`, the address of the C function to launch with)."""
+
+    # -- group graphs
+
+    def graph_begin(self, stream: int) -> None:
+        """From here on what is queued on ``stream`` is noted, not done."""
+
+    def graph_end(self, stream: int) -> int:
+        """Stop noting; a graph ready to be launched. Raises HalError if nothing can be made of
+        it; the stream is usable again in any case."""
+
+    def graph_launch(self, graph: int, stream: int) -> None: ...
+
+    def graph_destroy(self, graph: int) -> None: ...
+
+    def graph_set(
+        self,
+        graph: int,
+        node: int,
+        function: int,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared: int,
+        arguments: int,
+        sizes: Sequence[int],
+    ) -> None:
+        """Change the ``node``-th kernel launch of the graph, counted from 0 in the order noted."""
+
+    # -- group peer
+
+    def peer_enable(self, other: Backend) -> bool:
+        """Whether memory of ``other`` (an open device of the same driver) can be read by this
+        device from here on."""
+
+    def copy_peer(self, dst: int, src: int, nbytes: int, other: Backend, stream: int) -> None:
+        """Queue a copy from ``other``'s memory at ``src`` to this device's at ``dst``."""
+
+
 @dataclass(frozen=True)
 class Driver:
     """The service provider interface: plain functions over plain facts."""
@@ -76,25 +298,14 @@ class Driver:
     discover: Callable[[], tuple[DeviceInfo, ...]]
     telemetry: Callable[[DeviceInfo], Telemetry]
     probe: Callable[[DeviceInfo], None]
+    open: Callable[[DeviceInfo], Backend] | None = None
     api_version: int = API_VERSION
     in_process: bool = False
     """Discovery and telemetry read only files of the system: they need no child."""
-    groups: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Name of an optional group -> its functions."""
+    groups: frozenset[str] = frozenset()
+    """The optional groups that its backends have on the best device; a backend may have fewer."""
     install: str = ""
     """What ``drivetrain doctor`` says to install when the driver is absent."""
-
-    def group(self, name: str) -> Any:
-        """The functions of an optional group; ``Unsupported`` when the driver has none."""
-        if name in self.groups:
-            return self.groups[name]
-        raise Unsupported(
-            f"driver {self.name} has no {name} ({GROUPS.get(name, 'unknown group')}); "
-            f"it has {', '.join(sorted(self.groups)) or 'no optional group yet'}",
-            code="unsupported",
-            driver=self.name,
-            op=name,
-        )
 
 
 _HIDING = {
