@@ -35,10 +35,12 @@ from drivetrain.runtime.channel import (
     ProtocolError,
     sweep_sockets,
 )
+from drivetrain.runtime.commands import Command
 from drivetrain.runtime.environments import interpreter
+from drivetrain.runtime.hosted import HostedJob
 from drivetrain.runtime.placing import Placer
 from drivetrain.runtime.process import check_environment
-from drivetrain.runtime.supervisor import Command, Supervisor
+from drivetrain.runtime.supervisor import Supervisor
 from drivetrain.store.crash import crash_point
 from drivetrain.store.database import Database
 from drivetrain.store.home import home, socket_path
@@ -53,8 +55,8 @@ class Job:
     """A running or ended workload. Made by ``Runtime.submit`` and ``Runtime.resume``."""
 
     def __init__(self, runtime: Runtime, supervisor: Supervisor) -> None:
-        self.id = supervisor.job_id
-        self.directory = supervisor.directory
+        self.id = supervisor.hosted.job_id
+        self.directory = supervisor.hosted.directory
         self._runtime = runtime
         self._supervisor = supervisor
         self._events: deque[dict[str, Any]] = deque(maxlen=10000)
@@ -63,27 +65,27 @@ class Job:
     @property
     def state(self) -> str:
         """One of starting, running, paused, moving, recovering, done, failed, stopped, lost."""
-        return self._supervisor.view.state
+        return self._supervisor.hosted.view.state
 
     @property
     def step(self) -> int:
         """Number of completed steps."""
-        return self._supervisor.page.step
+        return self._supervisor.hosted.page.step
 
     @property
     def device(self) -> str:
         """Address of the device that the job's owner runs on."""
-        return self._supervisor.view.device
+        return self._supervisor.hosted.view.device
 
     @property
     def first_step_end_ns(self) -> int:
         """When the present copy completed its first step, on CLOCK_MONOTONIC."""
-        return self._supervisor.page.first_step_end_ns
+        return self._supervisor.hosted.page.first_step_end_ns
 
     @property
     def exit_code(self) -> int | None:
         """The script's exit code once ended; 1 when the runtime gave the job up."""
-        ending = self._supervisor.view.exit
+        ending = self._supervisor.hosted.view.exit
         return None if ending is None else int(ending["code"])
 
     def migrate(
@@ -161,7 +163,7 @@ class Job:
     @property
     def exit_code_known(self) -> bool:
         """True once the job itself has ended, and not only its hosting here."""
-        return self._supervisor.view.exit is not None
+        return self._supervisor.hosted.view.exit is not None
 
     @property
     def problem(self) -> str:
@@ -371,11 +373,8 @@ class Runtime:
         def tell(event: dict[str, Any]) -> None:
             box[0]._take_event(event)
 
-        supervisor = Supervisor(
-            job_id, directory, journal, self.database, on_event=tell, resume=resume
-        )
-        supervisor.resume_on = on
-        supervisor.placed = placed
+        hosted = HostedJob(job_id, directory, journal, self.database, tell=tell, placed=placed)
+        supervisor = Supervisor(hosted, resume=resume, on=on)
         job = Job(self, supervisor)
         box.append(job)
         with self._lock:
