@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class DrivetrainError(Exception):
     """Base of everything that Drivetrain raises on purpose."""
@@ -39,7 +41,18 @@ class HalError(DrivetrainError, RuntimeError):
 
 
 class OutOfMemory(HalError, MemoryError):
-    """The device (or the host) has not enough memory for the request."""
+    """The device (or the host) has not enough memory for the request.
+
+    ``requested``, ``free`` and ``total`` are bytes, 0 where they are not known.
+    """
+
+    def __init__(
+        self, message: str, *, requested: int = 0, free: int = 0, total: int = 0, **facts: Any
+    ) -> None:
+        super().__init__(message, **facts)
+        self.requested = requested
+        self.free = free
+        self.total = total
 
 
 class CompileError(HalError):

@@ -1,22 +1,129 @@
 """Floor 1: devices in one process, over the vendors' driver libraries. Never imports torch."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from drivetrain.hal.device import Capabilities, Device, DeviceInfo, Isolation
-from drivetrain.hal.memory import MemoryInfo
+from drivetrain.hal.kinds import Kind as MemoryKind
+from drivetrain.hal.kinds import MemoryInfo
 
 # Last: the functions ``device`` and ``drivers`` take those names from the submodules, which stay
 # reachable as ``from drivetrain.hal.device import ...``.
 from drivetrain.hal.registry import DriverInfo, device, devices, drivers
 from drivetrain.hal.telemetry import Telemetry
 
+if TYPE_CHECKING:
+    from drivetrain.hal.graph import Graph
+    from drivetrain.hal.kernel import (
+        BF16,
+        F16,
+        F32,
+        F64,
+        I8,
+        I16,
+        I32,
+        I64,
+        PTR,
+        U8,
+        U16,
+        U32,
+        U64,
+        ArgType,
+        Kernel,
+        Module,
+        Plan,
+        struct_of,
+    )
+    from drivetrain.hal.language.source import Source
+    from drivetrain.hal.language.variants import Variants
+    from drivetrain.hal.link import Link, LinkKind
+    from drivetrain.hal.memory import Buffer
+    from drivetrain.hal.opened import close_all
+    from drivetrain.hal.pool import Pool
+    from drivetrain.hal.resource import (
+        DriverMemory,
+        FailureInjection,
+        Limit,
+        MemoryResource,
+        Stats,
+        Tracking,
+    )
+    from drivetrain.hal.stream import Event, Stream
+
+_TYPES = "PTR I8 I16 I32 I64 U8 U16 U32 U64 F16 BF16 F32 F64"
+_LATE = {
+    **dict.fromkeys(
+        [*_TYPES.split(), "ArgType", "Kernel", "Module", "Plan", "struct_of"], "kernel"
+    ),
+    **dict.fromkeys(["DriverMemory", "FailureInjection", "Limit", "MemoryResource"], "resource"),
+    **dict.fromkeys(["Stats", "Tracking"], "resource"),
+    **dict.fromkeys(["Event", "Stream"], "stream"),
+    **dict.fromkeys(["Link", "LinkKind"], "link"),
+    "Buffer": "memory",
+    "Graph": "graph",
+    "Pool": "pool",
+    "Source": "language.source",
+    "Variants": "language.variants",
+    "close_all": "opened",
+}
+"""What is imported when it is first asked for: listing devices needs none of it."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
 __all__ = [
+    "BF16",
+    "F16",
+    "F32",
+    "F64",
+    "I8",
+    "I16",
+    "I32",
+    "I64",
+    "PTR",
+    "U8",
+    "U16",
+    "U32",
+    "U64",
+    "ArgType",
+    "Buffer",
     "Capabilities",
     "Device",
     "DeviceInfo",
     "DriverInfo",
+    "DriverMemory",
+    "Event",
+    "FailureInjection",
+    "Graph",
     "Isolation",
+    "Kernel",
+    "Limit",
+    "Link",
+    "LinkKind",
     "MemoryInfo",
+    "MemoryKind",
+    "MemoryResource",
+    "Module",
+    "Plan",
+    "Pool",
+    "Source",
+    "Stats",
+    "Stream",
     "Telemetry",
+    "Tracking",
+    "Variants",
+    "close_all",
     "device",
     "devices",
     "drivers",
+    "struct_of",
 ]

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from drivetrain.hal.memory import MemoryInfo
+from drivetrain.errors import BadInput, Timeout
+from drivetrain.hal.kinds import Kind as MemoryKind
+from drivetrain.hal.kinds import MemoryInfo
 from drivetrain.hal.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from drivetrain.hal.kernel import Module
+    from drivetrain.hal.language.source import Source
+    from drivetrain.hal.link import Link
+    from drivetrain.hal.memory import Buffer
+    from drivetrain.hal.resource import MemoryResource
+    from drivetrain.hal.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,89 @@ class Device:
 
     def isolation(self) -> Isolation:
         return self.info.isolation
+
+    # -- work in this process: the first call opens the device ------------------------------
+
+    def alloc(
+        self,
+        nbytes: int,
+        *,
+        stream: Stream,
+        kind: MemoryKind = MemoryKind.DEVICE,
+        pool: MemoryResource | None = None,
+    ) -> Buffer:
+        """``nbytes`` of memory, usable on ``stream`` from here on (elsewhere behind an event).
+
+        From the device's caching pool, or from ``pool``. The contents are undefined. Raises
+        BadInput, Unsupported (a kind that the device lacks) and OutOfMemory.
+        """
+        from drivetrain.hal.memory import Buffer
+        from drivetrain.hal.opened import opened
+
+        return Buffer.of(opened(self), nbytes, kind, stream, pool)
+
+    def wrap(
+        self, ptr: int, nbytes: int, *, owner: object, kind: MemoryKind = MemoryKind.DEVICE
+    ) -> Buffer:
+        """Memory that somebody else allocated on this device, as a buffer that keeps ``owner``
+        alive. Closing it frees nothing."""
+        from drivetrain.hal.memory import Buffer
+        from drivetrain.hal.opened import opened
+
+        if nbytes < 0 or (nbytes and not 0 < ptr < 1 << 64):
+            raise BadInput(f"wrap: {nbytes} bytes at {ptr:#x}; give an address and a size")
+        return Buffer(opened(self), ptr, nbytes, kind, root=owner)
+
+    def stream(self, *, priority: int = 0) -> Stream:
+        """A new stream; a lower ``priority`` goes first where the device knows priorities."""
+        from drivetrain.hal.opened import opened
+        from drivetrain.hal.stream import Stream
+
+        found = opened(self)
+        return Stream(found, found.backend.stream_create(priority))
+
+    def wrap_stream(self, handle: int, *, owner: object) -> Stream:
+        """Somebody else's stream of this device (``torch.cuda.Stream.cuda_stream``, a
+        ``cudaStream_t``), which ``owner`` keeps alive. Closing it leaves theirs alone."""
+        from drivetrain.hal.opened import opened
+        from drivetrain.hal.stream import Stream
+
+        if not handle:
+            raise BadInput("wrap_stream: the handle is 0; give a stream of its own")
+        return Stream(opened(self), handle, owner=(owner,))
+
+    def compile(self, source: Source, *, options: Sequence[str] = ()) -> Module:
+        """Compile a kernel source for this device and load it. What was compiled is kept on disk.
+
+        Raises CompileError (its ``log`` names the lines), Unsupported when the compiler is not
+        installed or the device takes no kernels, BadInput for an option that is not allowed.
+        """
+        from drivetrain.hal.kernel import compiled
+        from drivetrain.hal.opened import opened
+
+        return compiled(opened(self), source, options)
+
+    def link(self, peer: Device) -> Link:
+        """How bytes go from this device to ``peer``, and how fast (measured once and kept)."""
+        from drivetrain.hal.link import link
+
+        return link(self, peer)
+
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Wait until all that this process queued on the device is done. Raises Timeout after
+        ``timeout`` seconds (None: the default of DRIVETRAIN_WAIT_LIMIT_S, 600)."""
+        from drivetrain.hal.opened import opened, wait_limit_s
+
+        limit = wait_limit_s() if timeout is None else timeout
+        if not opened(self).backend.synchronize(limit):
+            raise Timeout(
+                f"the work queued on {self.address} was not done within {limit:g} s; it goes on. "
+                "Wait again, or raise the limit",
+                code="timeout",
+                driver=self.driver,
+                op="synchronize",
+                device=self.address,
+            )
 
     def __str__(self) -> str:
         return self.address

@@ -33,6 +33,7 @@ from enum import IntEnum
 from typing import Protocol
 
 from drivetrain.hal.device import Capabilities, DeviceInfo, Isolation
+from drivetrain.hal.kinds import Kind, Way
 from drivetrain.hal.telemetry import Telemetry
 
 __all__ = [
@@ -72,26 +73,6 @@ GROUPS = {
     "compile_graph": "a back end for torch.compile",
 }
 """Optional groups: what each holds. A driver declares those it has in ``Driver.groups``."""
-
-
-class Kind(IntEnum):
-    """What sort of memory an allocation is."""
-
-    DEVICE = 0
-    """The device's own. The host does not touch it."""
-    PINNED = 1
-    """Host memory that the device reaches and copies fast. Group ``pinned``."""
-    MANAGED = 2
-    """Memory that both sides touch and that moves by itself. Group ``managed``."""
-
-
-class Way(IntEnum):
-    """Which side each end of a copy lies on. ``HOST`` is any host memory of this process."""
-
-    HOST_TO_HOST = 0
-    HOST_TO_DEVICE = 1
-    DEVICE_TO_HOST = 2
-    DEVICE_TO_DEVICE = 3
 
 
 @dataclass(frozen=True)
@@ -232,6 +213,10 @@ class Backend(Protocol):
 
     def function(self, module: int, symbol: str) -> int:
         """A kernel by its symbol. Raises HalError with code ``no_such_kernel``."""
+
+    def function_arguments(self, function: int, sizes: Sequence[int]) -> None:
+        """The bytes of each argument, told once before the first launch; negative for pointers to
+        memory of the device."""
 
     def function_facts(self, function: int) -> FunctionFacts: ...
 

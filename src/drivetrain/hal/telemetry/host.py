@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 
 from drivetrain.hal import cgroup
-from drivetrain.hal.memory import MemoryInfo
+from drivetrain.hal.kinds import MemoryInfo
 from drivetrain.hal.telemetry import Telemetry
 
 _SHORTEST_SAMPLE_S = 0.05

@@ -1,0 +1,199 @@
+"""Copies between any two devices: the caller writes one line, the best way is taken.
+
+On one device the driver copies. Between two devices of a driver that can read each other's memory
+it copies from peer to peer. Everything else is staged: chunks go through pinned host memory, one
+chunk leaving the source while the one before it enters the destination.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from drivetrain.errors import BadInput
+from drivetrain.hal.kinds import Kind, Way
+from drivetrain.hal.memory import Buffer
+
+if TYPE_CHECKING:
+    from drivetrain.hal.opened import Opened
+    from drivetrain.hal.stream import Event, Stream
+
+CHUNK_BYTES = 8 << 20
+SLOTS = 4
+
+
+def copy(dst: Buffer, src: Buffer, stream: Stream) -> None:
+    """Queue: all of ``src`` to the start of ``dst``, in the order of ``stream``, which belongs to
+    one of the two devices. Raises BadInput before anything moves."""
+    if src.closed:
+        raise BadInput(f"copy: the source of {src.nbytes} bytes is closed")
+    if src.nbytes > dst.nbytes:
+        raise BadInput(f"copy: {src.nbytes} bytes do not fit a buffer of {dst.nbytes} bytes")
+    if stream._opened is not dst._opened and stream._opened is not src._opened:
+        raise BadInput(
+            f"copy: the stream is on {stream.device.address}, the buffers on "
+            f"{src.device.address} and {dst.device.address}"
+        )
+    if not src.nbytes:
+        return
+    if src._opened is dst._opened:
+        if _overlap(dst, src):
+            raise BadInput("copy: the two buffers overlap")
+        way = _side(src) * 2 + _side(dst)
+        src._note(stream)
+        dst._note(stream)
+        stream._do_copy((dst, src), dst.ptr, src.ptr, src.nbytes, _WAYS[way])
+        return
+    from drivetrain.hal.stream import check_capturing
+
+    check_capturing(stream, "a copy between devices")
+    if direct(src._opened, dst._opened):
+        _peer(dst, src, stream)
+    elif src.host_visible and src.kind is Kind.PINNED and stream._opened is dst._opened:
+        _from_host(dst, src, stream)
+    elif dst.host_visible and dst.kind is Kind.PINNED and stream._opened is src._opened:
+        _to_host(dst, src, stream)
+    else:
+        _staged(dst, src, stream)
+
+
+_WAYS = (Way.HOST_TO_HOST, Way.HOST_TO_DEVICE, Way.DEVICE_TO_HOST, Way.DEVICE_TO_DEVICE)
+
+
+def _side(buffer: Buffer) -> int:
+    return 0 if buffer.kind is Kind.PINNED else 1
+
+
+def _overlap(a: Buffer, b: Buffer) -> bool:
+    return a.ptr < b.ptr + b.nbytes and b.ptr < a.ptr + b.nbytes
+
+
+def direct(src: Opened, dst: Opened) -> bool:
+    """Whether ``dst`` can read the memory of ``src``; asked of the driver once for each pair."""
+    if src.device.driver != dst.device.driver or "peer" not in dst.backend.groups:
+        return False
+    known = dst.peers.get(src.device.address)
+    if known is None:
+        known = dst.peers[src.device.address] = dst.backend.peer_enable(src.backend)
+    return known
+
+
+def _ordered(dst: Buffer, src: Buffer, stream: Stream) -> tuple[Stream, Stream]:
+    """A stream on each side, both behind ``stream``; the caller's own where it is of that side."""
+    if stream._opened is dst._opened:
+        far = src._opened.inner_stream("copy")
+        far.wait(stream)
+        return stream, far
+    near = dst._opened.inner_stream("copy")
+    near.wait(stream)
+    return near, stream
+
+
+def _peer(dst: Buffer, src: Buffer, stream: Stream) -> None:
+    into, _ = _ordered(dst, src, stream)
+    dst._opened.backend.copy_peer(dst.ptr, src.ptr, src.nbytes, src._opened.backend, into.handle)
+    dst._note(into)
+    if into is not stream:
+        stream.wait(into)
+        src._note(stream)
+    else:
+        src._note_event(into.record())
+
+
+def _from_host(dst: Buffer, src: Buffer, stream: Stream) -> None:
+    """``src`` is host memory of another device: its memory must not be reused while it is read."""
+    dst._opened.backend.copy(dst.ptr, src.ptr, src.nbytes, Way.HOST_TO_DEVICE, stream.handle, False)
+    dst._note(stream)
+    src._note_event(stream.record())
+
+
+def _to_host(dst: Buffer, src: Buffer, stream: Stream) -> None:
+    src._opened.backend.copy(dst.ptr, src.ptr, src.nbytes, Way.DEVICE_TO_HOST, stream.handle, False)
+    src._note(stream)
+    dst._note_event(stream.record())
+
+
+# -- staged ---------------------------------------------------------------------------------------
+
+
+class Staging:
+    """The pinned slots of one pair of devices, and what each slot still waits for."""
+
+    def __init__(self, src: Opened, dst: Opened) -> None:
+        owner = src if "pinned" in src.backend.groups else dst
+        if "pinned" not in owner.backend.groups:
+            raise BadInput(
+                f"copy: neither {src.device.address} nor {dst.device.address} has pinned host "
+                "memory to stage through"
+            )
+        stream = owner.inner_stream("copy")
+        self.lock = threading.Lock()
+        self.buffer = Buffer.of(owner, SLOTS * CHUNK_BYTES, Kind.PINNED, stream)
+        stream.synchronize()
+        self.emptied: list[Event | None] = [None] * SLOTS
+        self.next = 0
+
+
+def _staging(src: Opened, dst: Opened) -> Staging:
+    with src.lock:
+        found = src.stagings.get(dst)
+        if found is None:
+            found = src.stagings[dst] = Staging(src, dst)
+        return found
+
+
+def _staged(dst: Buffer, src: Buffer, stream: Stream) -> None:
+    """Each chunk: a slot is free once the chunk before it in there has left; out of the source
+    into the slot; out of the slot into the destination. Between devices that share events the
+    devices wait for each other, else the caller does."""
+    into, out_of = _ordered(dst, src, stream)
+    staging = _staging(src._opened, dst._opened)
+    chunk = _chunk_bytes(src.nbytes)
+    with staging.lock:
+        base = staging.buffer.ptr
+        done = 0
+        filled: list[tuple[int, int, int, Event]] = []
+
+        def drain() -> None:
+            slot, at, size, event = filled.pop(0)
+            into.wait(event)
+            dst._opened.backend.copy(
+                dst.ptr + at,
+                base + slot * CHUNK_BYTES,
+                size,
+                Way.HOST_TO_DEVICE,
+                into.handle,
+                False,
+            )
+            staging.emptied[slot] = into.record()
+
+        while done < src.nbytes:
+            slot = staging.next
+            staging.next = (slot + 1) % SLOTS
+            size = min(chunk, src.nbytes - done)
+            emptied = staging.emptied[slot]
+            if emptied is not None:
+                out_of.wait(emptied)
+            src._opened.backend.copy(
+                base + slot * CHUNK_BYTES,
+                src.ptr + done,
+                size,
+                Way.DEVICE_TO_HOST,
+                out_of.handle,
+                False,
+            )
+            filled.append((slot, done, size, out_of.record()))
+            done += size
+            if len(filled) >= SLOTS - 1:
+                drain()
+        while filled:
+            drain()
+    dst._note(into)
+    src._note(out_of)
+    stream.wait(into if into is not stream else out_of)
+
+
+def _chunk_bytes(nbytes: int) -> int:
+    """Small copies in a few chunks, so that both legs overlap; large ones in full slots."""
+    quarter = -(-nbytes // 4)
+    return min(CHUNK_BYTES, max(256 << 10, -(-quarter // 4096) * 4096))

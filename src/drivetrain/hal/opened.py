@@ -1,0 +1,187 @@
+"""Devices that are open in this process: one backend each, shared by all that use the device.
+
+A device is opened by its first buffer, stream or module and stays open until the process ends or
+`close_all` is called. After ``fork`` the child has none: its first use raises a HalError.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING, Protocol
+
+from drivetrain.errors import HalError, Unsupported
+from drivetrain.hal import loading
+from drivetrain.hal.driver import Backend
+from drivetrain.hal.kinds import Kind
+from drivetrain.hal.resource import DriverMemory, MemoryResource
+
+if TYPE_CHECKING:
+    from drivetrain.hal.copies import Staging
+    from drivetrain.hal.device import Device
+    from drivetrain.hal.stream import Stream
+
+_WAIT_LIMIT = "DRIVETRAIN_WAIT_LIMIT_S"
+_DEFAULT_WAIT_S = 600.0
+
+
+def wait_limit_s() -> float:
+    """Seconds that a wait without a limit of its own may take: 600, or DRIVETRAIN_WAIT_LIMIT_S."""
+    text = os.environ.get(_WAIT_LIMIT, "")
+    if not text:
+        return _DEFAULT_WAIT_S
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = 0.0
+    if not limit > 0:
+        from drivetrain.errors import BadInput
+
+        raise BadInput(f"{_WAIT_LIMIT}={text!r} must be a number of seconds above 0")
+    return limit
+
+
+class KeepsByStream(Protocol):
+    """Keeps something for each stream and must hand it on when the stream ends."""
+
+    def forget_stream(self, stream: int, heir: int) -> None: ...
+
+
+class Opened:
+    """A device's backend in this process, and what the core keeps beside it."""
+
+    def __init__(self, device: Device, backend: Backend) -> None:
+        self.device = device
+        self.backend = backend
+        self.pid = os.getpid()
+        self.lock = threading.RLock()
+        self._pools: dict[int, MemoryResource] = {}
+        self._events: dict[bool, list[int]] = {False: [], True: []}
+        self._inner: dict[str, Stream] = {}
+        self.peers: dict[str, bool] = {}
+        """Address of another device -> whether this one reads its memory."""
+        self.stagings: dict[Opened, Staging] = {}
+        self._keepers: weakref.WeakSet[KeepsByStream] = weakref.WeakSet()
+
+    def require(self, group: str, op: str) -> None:
+        """Raises Unsupported when the backend does not declare ``group``."""
+        if group not in self.backend.groups:
+            raise Unsupported(
+                f"{op}: {self.device.address} ({self.device.name}) has no {group}; it has "
+                f"{', '.join(sorted(self.backend.groups)) or 'no optional group'}",
+                code="unsupported",
+                driver=self.device.driver,
+                op=op,
+                device=self.device.address,
+            )
+
+    def pool(self, kind: Kind) -> MemoryResource:
+        """The device's own pool for memory of ``kind``."""
+        with self.lock:
+            found = self._pools.get(kind)
+            if found is None:
+                from drivetrain.hal.pool import Pool
+
+                found = self._pools[kind] = Pool(DriverMemory(self, kind))
+            return found
+
+    def inner_stream(self, purpose: str) -> Stream:
+        """A stream of the core's own, made once for each purpose."""
+        from drivetrain.hal.stream import Stream
+
+        with self.lock:
+            found = self._inner.get(purpose)
+            if found is None:
+                found = self._inner[purpose] = Stream(self, self.backend.stream_create(0))
+            return found
+
+    def forget_stream(self, stream: int, heir: int) -> None:
+        """Pools hand what they keep for a stream that ends to ``heir``, which waits for it."""
+        with self.lock:
+            keepers = list(self._keepers)
+        for keeper in keepers:
+            keeper.forget_stream(stream, heir)
+
+    def tell_of_streams(self, keeper: KeepsByStream) -> None:
+        """From now on ``keeper`` is told of each stream that ends."""
+        with self.lock:
+            self._keepers.add(keeper)
+
+    def take_event(self, timing: bool = False) -> int:
+        """An event of the backend, from those given back or new."""
+        free = self._events[timing]
+        try:
+            return free.pop()
+        except IndexError:
+            return self.backend.event_create(timing)
+
+    def give_event(self, event: int, timing: bool = False) -> None:
+        free = self._events[timing]
+        if len(free) < 256:
+            free.append(event)
+        else:
+            self.backend.event_destroy(event)
+
+
+_lock = threading.RLock()
+_open: dict[tuple[str, str], Opened] = {}
+_forked = False
+
+
+def opened(device: Device) -> Opened:
+    """The device, open. Raises HalError when it cannot be opened, Unsupported when its driver
+    only serves torch."""
+    key = (device.address, device.uuid)
+    found = _open.get(key)
+    if found is not None:
+        return found
+    with _lock:
+        found = _open.get(key)
+        if found is not None:
+            return found
+        if _forked:
+            raise HalError(
+                f"{device.address} cannot be opened: this process was forked from one that had "
+                "devices open, and a driver does not survive that; start it anew (the start method "
+                "`spawn` of multiprocessing)",
+                code="forked",
+                driver=device.driver,
+                op="open",
+                device=device.address,
+            )
+        driver = loading.load(device.driver)
+        if driver.open is None:
+            raise Unsupported(
+                f"{device.address}: driver {device.driver} serves PyTorch only; it opens no device "
+                "for kernels and buffers",
+                code="unsupported",
+                driver=device.driver,
+                op="open",
+                device=device.address,
+            )
+        found = _open[key] = Opened(device, driver.open(device.info))
+        return found
+
+
+def close_all() -> None:
+    """Close every open device. Objects that are left are dead; the devices may be opened anew."""
+    with _lock:
+        left = list(_open.values())
+        _open.clear()
+    for each in left:
+        if each.pid == os.getpid():
+            each.backend.close()
+
+
+def _after_fork() -> None:
+    global _lock, _forked
+    _lock = threading.RLock()
+    _forked = _forked or bool(_open)
+    _open.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+atexit.register(close_all)

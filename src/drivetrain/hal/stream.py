@@ -1,0 +1,303 @@
+"""Streams and events: what happens in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from drivetrain.errors import BadInput, HalError, Timeout
+from drivetrain.hal.kinds import Way
+from drivetrain.hal.opened import wait_limit_s
+
+if TYPE_CHECKING:
+    from drivetrain.hal.device import Device
+    from drivetrain.hal.graph import Graph
+    from drivetrain.hal.memory import Buffer
+    from drivetrain.hal.opened import Opened
+
+_MOST_KEPT = 256
+
+
+def _limit(timeout: float | None) -> float:
+    if timeout is None:
+        return wait_limit_s()
+    if not timeout >= 0:
+        raise BadInput(f"a wait of {timeout} seconds: give 0 or more")
+    return timeout
+
+
+class Event:
+    """A point in a stream's order. Made by `Stream.record`."""
+
+    __slots__ = ("__weakref__", "_handle", "_opened", "_timing", "device")
+
+    def __init__(self, opened: Opened, handle: int, timing: bool) -> None:
+        self._opened = opened
+        self.device: Device = opened.device
+        self._handle = handle
+        self._timing = timing
+
+    @property
+    def done(self) -> bool:
+        """Whether all that was queued before it has happened."""
+        return self._opened.backend.event_done(self._handle)
+
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Wait until it is done. Raises Timeout after ``timeout`` seconds (None: the default of
+        DRIVETRAIN_WAIT_LIMIT_S, 600)."""
+        limit = _limit(timeout)
+        if not self._opened.backend.event_synchronize(self._handle, limit):
+            raise _late(self._opened, "event.synchronize", limit)
+
+    def seconds_since(self, start: Event) -> float:
+        """Seconds on the device between ``start`` and this event; both must be done."""
+        if start._opened is not self._opened:
+            raise BadInput(
+                f"seconds_since: the events are of {start.device.address} and {self.device.address}"
+            )
+        self._opened.require("timing", "seconds_since")
+        for name, event in (("start", start), ("end", self)):
+            if not event.done:
+                raise BadInput(f"seconds_since: the {name} event is not done; synchronize first")
+        return self._opened.backend.event_seconds(start._handle, self._handle)
+
+    def __del__(self) -> None:
+        handle, self._handle = getattr(self, "_handle", 0), 0
+        if handle:
+            try:
+                self._opened.give_event(handle, self._timing)
+            except Exception:
+                pass  # the device is closed
+
+    def __repr__(self) -> str:
+        return f"<Event on {self.device.address}>"
+
+
+class Stream:
+    """Work of one device in order. Made by ``Device.stream`` and ``Device.wrap_stream``."""
+
+    __slots__ = (
+        "__weakref__",
+        "_graph",
+        "_heir",
+        "_kept",
+        "_opened",
+        "_owner",
+        "_timing",
+        "device",
+        "handle",
+    )
+
+    def __init__(self, opened: Opened, handle: int, *, owner: object = None) -> None:
+        self._opened = opened
+        self.device: Device = opened.device
+        self.handle = handle
+        """The driver's own handle, 0 once the stream is closed."""
+        self._owner = owner
+        self._heir: Stream | None = None
+        self._graph: Graph | None = None
+        self._kept: list[object] = []
+        self._timing = "timing" in opened.backend.groups
+
+    # -- life --------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Let go of the stream. What was queued still happens; buffers of the stream live on."""
+        handle = self.handle
+        if not handle:
+            return
+        if self._graph is not None:
+            raise BadInput("close: the stream is being captured; leave the `with` block first")
+        opened = self._opened
+        heir = opened.inner_stream("heir")
+        heir.wait(self)
+        heir._keep(self._kept)
+        self._kept = []
+        self._heir, self.handle = heir, 0
+        opened.forget_stream(handle, heir.handle)
+        if self._owner is None:
+            opened.backend.stream_destroy(handle)
+        self._owner = None
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", 0):
+            try:
+                self.close()
+            except Exception:
+                pass  # the device is closed or lost
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = f"{self.handle:#x}" if self.handle else "closed"
+        return f"<Stream {state} on {self.device.address}>"
+
+    def _alive(self, op: str) -> int:
+        if not self.handle:
+            raise BadInput(f"{op}: the stream is closed")
+        return self.handle
+
+    # -- order -------------------------------------------------------------------------------
+
+    def record(self) -> Event:
+        """An event that is done when all that is queued on the stream so far is done."""
+        handle = self._alive("record")
+        opened = self._opened
+        if self._graph is not None:
+            self._graph._no_events("record")
+        event = opened.take_event(self._timing)
+        try:
+            opened.backend.event_record(event, handle)
+        except BaseException:
+            opened.give_event(event, self._timing)
+            raise
+        return Event(opened, event, self._timing)
+
+    def wait(self, other: Event | Stream) -> None:
+        """What is queued here from now on waits for an event, or for all queued on a stream so
+        far. Between drivers that share no events the caller waits."""
+        handle = self._alive("wait")
+        if isinstance(other, Stream):
+            if other is self:
+                return
+            event = other.record()
+        elif isinstance(other, Event):
+            event = other
+        else:
+            raise BadInput(f"wait takes an Event or a Stream, not {type(other).__name__}")
+        if event._opened is self._opened or (
+            event.device.driver == self.device.driver and "peer" in self._opened.backend.groups
+        ):
+            if self._graph is not None:
+                self._graph._no_events("wait")
+            self._opened.backend.stream_wait(handle, event._handle)
+        else:
+            event.synchronize()
+
+    def synchronize(self, timeout: float | None = None) -> None:
+        """Wait until all that was queued is done. Raises Timeout after ``timeout`` seconds (None:
+        the default of DRIVETRAIN_WAIT_LIMIT_S, 600), and what failed of that work."""
+        limit = _limit(timeout)
+        if self._graph is not None:
+            raise BadInput("synchronize: the stream is being captured; nothing has happened yet")
+        if not self._opened.backend.stream_synchronize(self._alive("synchronize"), limit):
+            raise _late(self._opened, "stream.synchronize", limit)
+        self._kept.clear()
+
+    @property
+    def done(self) -> bool:
+        """Whether all that was queued so far has happened."""
+        finished = self._opened.backend.stream_done(self._alive("done"))
+        if finished:
+            self._kept.clear()
+        return finished
+
+    @contextmanager
+    def capture(self) -> Iterator[Graph]:
+        """Within the block, what is queued on this stream goes into a graph and does not happen.
+
+        Buffers and host arrays of a graph are read and written when it is launched; the graph
+        keeps them. Drivers without graphs keep a list of the commands.
+        """
+        from drivetrain.hal.graph import Graph
+
+        self._alive("capture")
+        if self._graph is not None:
+            raise BadInput("capture: the stream is being captured already")
+        graph = Graph(self._opened)
+        graph._begin(self)
+        self._graph = graph
+        try:
+            yield graph
+        except BaseException:
+            self._graph = None
+            graph._abandon(self)
+            raise
+        self._graph = None
+        graph._end(self)
+
+    # -- what buffers and kernels queue --------------------------------------------------------
+
+    def _do(self, name: str, buffers: tuple[Buffer, ...], *arguments: Any) -> None:
+        handle = self._alive(name)
+        if self._graph is not None and self._graph._takes(name, buffers, arguments):
+            return
+        getattr(self._opened.backend, name)(*arguments, handle)
+
+    def _do_host(
+        self, buffer: Buffer, dst: int, src: int, nbytes: int, way: Way, keep: object
+    ) -> None:
+        """Queue a copy from or to memory of the host, which ``keep`` keeps alive."""
+        handle = self._alive("copy")
+        graph = self._graph
+        if graph is not None:
+            graph._keeps(keep)
+            if not graph._takes("copy", (buffer,), (dst, src, nbytes, int(way))):
+                self._opened.backend.copy(dst, src, nbytes, int(way), handle, False)
+            return
+        reads = way is Way.HOST_TO_DEVICE
+        self._opened.backend.copy(dst, src, nbytes, int(way), handle, reads)
+        if not reads:
+            self._keep([keep])
+
+    def _do_copy(
+        self, buffers: tuple[Buffer, ...], dst: int, src: int, nbytes: int, way: int
+    ) -> None:
+        """Queue a copy between two buffers of the device."""
+        handle = self._alive("copy")
+        if self._graph is not None and self._graph._takes(
+            "copy", buffers, (dst, src, nbytes, int(way))
+        ):
+            return
+        self._opened.backend.copy(dst, src, nbytes, int(way), handle, False)
+
+    def _keep(self, things: list[object]) -> None:
+        self._kept += things
+        if len(self._kept) > _MOST_KEPT and not self.done:
+            self.synchronize()
+
+    def _give_back(self, users: set[Stream] | None) -> tuple[int, tuple[int, ...]]:
+        """(the handle to free on, events that must be done first) for a buffer of this stream."""
+        if not self.handle:
+            assert self._heir is not None
+            handle = self._heir.handle
+        else:
+            handle = self.handle
+        if not users:
+            return handle, ()
+        waits = []
+        for user in users:
+            if user.handle and user.handle != handle and user._opened is self._opened:
+                event = self._opened.take_event()
+                self._opened.backend.event_record(event, user.handle)
+                waits.append(event)
+        return handle, tuple(waits)
+
+
+def _late(opened: Opened, op: str, limit_s: float) -> Timeout:
+    device = opened.device
+    return Timeout(
+        f"{op}: the work queued on {device.address} was not done within {limit_s:g} s; it goes on. "
+        "Wait again, or raise the limit",
+        code="timeout",
+        driver=device.driver,
+        op=op,
+        device=device.address,
+    )
+
+
+def check_capturing(stream: Stream, op: str) -> None:
+    """Raises HalError for what cannot be done on a stream that is being captured."""
+    if stream._graph is not None:
+        raise HalError(
+            f"{op}: the stream is being captured; do it before the capture begins",
+            code="capturing",
+            driver=stream.device.driver,
+            op=op,
+            device=stream.device.address,
+        )
