@@ -15,6 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from drivetrain import hal
+from drivetrain.cli import calibrate, doctor, drivers
 from drivetrain.cli import devices as cli
 from drivetrain.errors import BadInput
 from drivetrain.hal import probe, registry
@@ -54,9 +55,9 @@ def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def app() -> typer.Typer:
     app = typer.Typer()
     app.command()(cli.devices)
-    app.command()(cli.doctor)
-    app.command()(cli.calibrate)
-    app.add_typer(cli.drivers_app, name="drivers")
+    app.command()(doctor.doctor)
+    app.command()(calibrate.calibrate)
+    app.add_typer(drivers.drivers_app, name="drivers")
     return app
 
 

@@ -1,20 +1,16 @@
-"""``drivetrain devices``, ``doctor``, ``calibrate`` and ``drivers``."""
+"""``drivetrain devices``: the machine's devices, as a page and as JSON."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from drivetrain import hal
-from drivetrain.errors import BadInput, HalError
 from drivetrain.hal import probe as probing
-from drivetrain.hal import registry
 from drivetrain.hal.device import Device
 from drivetrain.hal.probe import Verdict
 from drivetrain.hal.telemetry import Telemetry
@@ -103,7 +99,7 @@ def devices(
     if as_json:
         print(json.dumps(found, indent=2))
         return
-    _console().print(_page(found))
+    console().print(_page(found))
 
 
 def _watch(as_json: bool, probe: bool, all_routes: bool) -> None:
@@ -116,7 +112,7 @@ def _watch(as_json: bool, probe: bool, all_routes: bool) -> None:
                 found = report(all_routes=all_routes, live=True)
         from rich.live import Live
 
-        with Live(_page(found), console=_console(), auto_refresh=False) as live:
+        with Live(_page(found), console=console(), auto_refresh=False) as live:
             while True:
                 time.sleep(_REFRESH_S)
                 found = report(all_routes=all_routes, live=True)
@@ -125,7 +121,8 @@ def _watch(as_json: bool, probe: bool, all_routes: bool) -> None:
         return
 
 
-def _console() -> Console:
+def console() -> Console:
+    """Where pages are printed."""
     from rich.console import Console
 
     return Console(highlight=False)
@@ -143,21 +140,23 @@ def _size(nbytes: int | None) -> str:
 def _page(found: Mapping[str, list[dict[str, Any]]]) -> Group:
     from rich.console import Group
 
-    parts: list[Any] = [_table(found["devices"])]
-    parts.extend(_line(driver) for driver in found["drivers"] if driver["state"] != "usable")
+    parts: list[Any] = [table_of(found["devices"])]
+    parts.extend(driver_line(driver) for driver in found["drivers"] if driver["state"] != "usable")
     if any(device["usable"] is None for device in found["devices"]):
         parts.append("[dim]? = not checked yet: drivetrain devices --probe[/]")
     return Group(*parts)
 
 
-def _line(driver: Mapping[str, Any]) -> str:
+def driver_line(driver: Mapping[str, Any]) -> str:
+    """A driver that has no devices, and why, in rich's markup."""
     from rich.markup import escape
 
     colour = {"broken": "red", "unchecked": "yellow"}.get(driver["state"], "dim")
     return f"[{colour}]{escape(driver['name'])}: {driver['state']}[/], {escape(driver['reason'])}"
 
 
-def _table(devices: Iterable[Mapping[str, Any]]) -> Table:
+def table_of(devices: Iterable[Mapping[str, Any]]) -> Table:
+    """The devices of ``report``, one a row."""
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -198,364 +197,3 @@ def _table(devices: Iterable[Mapping[str, Any]]) -> Table:
             usable,
         )
     return table
-
-
-# --- drivetrain doctor ---------------------------------------------------------------------------
-
-
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-    bundle: Annotated[
-        Path | None,
-        typer.Option(
-            "--bundle",
-            metavar="FILE",
-            help="Write a report to send: no environment values, no paths of yours.",
-        ),
-    ] = None,
-) -> None:
-    """Check every driver and device, and say what to do about those that cannot be used.
-
-    Ends with 1 when something that is installed does not work.
-
-    Examples:
-
-      drivetrain doctor
-
-      drivetrain doctor --bundle report.json
-    """
-    found = examination()
-    if bundle is not None:
-        text = json.dumps(redacted(found), indent=2) + "\n"
-        try:
-            bundle.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise BadInput(f"the report cannot be written to {bundle}: {error}") from error
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        _tell(found)
-        if bundle is not None:
-            _console().print(f"\nReport written to {bundle}", markup=False)
-    broken = any(driver["state"] == "broken" for driver in found["drivers"])
-    if broken or any(device["usable"] is False for device in found["devices"]):
-        raise typer.Exit(1)
-
-
-def examination() -> dict[str, Any]:
-    """Versions, drivers with advice, and every route probed."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    from drivetrain import __version__
-    from drivetrain.hal import bytes as hal_bytes
-
-    def installed(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    packages = ("torch", "torchdata", "numpy", "triton", "nvidia-ml-py", "psutil", "xxhash")
-    states = hal.drivers()
-    found = report(probe=True, all_routes=True)
-    for driver in found["drivers"]:
-        state = states[driver["name"]]
-        driver["version"] = state.version
-        driver["source"] = state.source
-        driver["advice"] = _advice(state)
-    return {
-        "drivetrain": __version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "native": hal_bytes.BACKEND,
-        "packages": {name: installed(name) for name in packages},
-        **found,
-    }
-
-
-def _advice(state: hal.DriverInfo) -> str:
-    if state.state == "usable":
-        return ""
-    if state.reason == "not trusted":
-        return (
-            f"it comes from {state.source}; to let Drivetrain run its code: "
-            f"drivetrain drivers trust {state.name}"
-        )
-    if state.state == "unchecked":
-        return "take it out of [drivers] disable to use it"
-    if "did not answer within" in state.reason:
-        return (
-            "its software hangs or is slow: look at the system's log (dmesg), on NVIDIA turn on "
-            "persistence mode (nvidia-persistenced), or give it more time with "
-            "DRIVETRAIN_DISCOVERY_LIMIT_S=8"
-        )
-    if state.state == "broken" and state.name == "cuda":
-        return "run nvidia-smi: when it fails too, reinstall the NVIDIA driver and reboot"
-    if state.state == "broken":
-        return f"reinstall {state.source}, or report this to its authors"
-    return state.install
-
-
-def _tell(found: Mapping[str, Any]) -> None:
-    from rich.markup import escape
-
-    console = _console()
-    console.print(
-        f"Drivetrain {found['drivetrain']}, Python {found['python']}, {found['system']}",
-        markup=False,
-    )
-    packages = found["packages"]
-    missing = [name for name, version in packages.items() if version is None]
-    console.print(
-        ", ".join(f"{name} {version}" for name, version in packages.items() if version),
-        markup=False,
-    )
-    if "torch" in missing:
-        console.print("[yellow]torch is not installed[/]: pip install 'drivetrain\\[torch]'")
-    if found["native"] != "native":
-        console.print(
-            "[yellow]the C extension is not built[/]: hashing is slower; "
-            "reinstall with a C compiler (Debian: apt install gcc python3-dev)"
-        )
-    console.print(_table(found["devices"]))
-    for driver in found["drivers"]:
-        if driver["state"] == "usable":
-            console.print(f"[green]{escape(driver['name'])}: usable[/]")
-            continue
-        console.print(_line(driver))
-        if driver["advice"]:
-            console.print(f"  {driver['advice']}", markup=False)
-
-
-def redacted(found: dict[str, Any]) -> dict[str, Any]:
-    """A copy without environment values, user names, home paths or whole device ids."""
-    import os
-
-    hidden = sorted(
-        ((value, name) for name, value in os.environ.items() if len(value) > 2),
-        key=lambda pair: -len(pair[0]),
-    )
-    home = str(Path.home())
-
-    def clean(text: str) -> str:
-        text = text.replace(str(registry.state_folder()), "<state folder>")
-        text = text.replace(str(Path.cwd()), "<current folder>")
-        if len(home) > 1:
-            text = text.replace(home, "~")
-        for value, name in hidden:
-            text = text.replace(value, f"<{name}>")
-        return text
-
-    devices = [
-        {
-            **device,
-            "uuid": device["uuid"][:8] + "..." if len(device["uuid"]) > 11 else device["uuid"],
-            "reason": clean(device["reason"]),
-            "capabilities": {
-                **device["capabilities"],
-                "peer_uuids": len(device["capabilities"]["peer_uuids"]),
-            },
-            "telemetry": {
-                **device["telemetry"],
-                "health": clean(device["telemetry"]["health"]),
-            },
-        }
-        for device in found["devices"]
-    ]
-    drivers = [{**driver, "reason": clean(driver["reason"])} for driver in found["drivers"]]
-    return {**found, "devices": devices, "drivers": drivers}
-
-
-# --- drivetrain calibrate ------------------------------------------------------------------------
-
-
-def calibrate(
-    addresses: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[ADDRESS]...", help="Devices to measure; all when none is named."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
-    """Measure how fast devices are, so that placement need not guess.
-
-    Each is measured in a worker that sees only it: matrix products in each type, copy bandwidth,
-    the cost of a launch, and the links between devices. Results are kept until the driver changes.
-
-    Examples:
-
-      drivetrain calibrate
-
-      drivetrain calibrate cuda:0 --json
-    """
-    from drivetrain.placement import calibration
-
-    chosen = tuple(dict.fromkeys(hal.device(address) for address in addresses or ()))
-    if not chosen:
-        chosen = hal.devices()
-    measured: dict[str, Any] = {}
-    failed: dict[str, str] = {}
-    with _Progress(sys.stderr) as progress:
-        for device in chosen:
-            try:
-                found = calibration.calibrate(device, progress=progress.of(device.address))
-                measured[device.address] = found.as_json()
-            except HalError as error:
-                failed[device.address] = str(error)
-        try:
-            calibration.calibrate_links(
-                [device for device in chosen if device.address in measured],
-                progress=progress.of("links"),
-            )
-        except HalError as error:
-            failed["links"] = str(error)
-    for device in chosen:
-        kept = calibration.load(device)
-        if device.address in measured and kept is not None:
-            measured[device.address] = kept.as_json()
-    if as_json:
-        print(json.dumps({"devices": measured, "failed": failed}, indent=2))
-    else:
-        _show_calibration(measured, failed, {device.uuid: device.address for device in chosen})
-    if failed:
-        raise typer.Exit(1)
-
-
-class _Progress:
-    """A bar on a terminal, one line a device elsewhere; on standard error."""
-
-    def __init__(self, stream: Any) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn
-
-        self._console = Console(file=stream, highlight=False)
-        self._bars = Progress(
-            TextColumn("[bold]{task.fields[device]}[/]"),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            console=self._console,
-            transient=True,
-        )
-
-    def __enter__(self) -> _Progress:
-        if self._console.is_terminal:
-            self._bars.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._console.is_terminal:
-            self._bars.stop()
-
-    def of(self, name: str) -> Any:
-        """A callback for ``calibration.calibrate``."""
-        if not self._console.is_terminal:
-            told: list[str] = []
-
-            def once(what: str, share: float) -> None:
-                if not told:
-                    self._console.print(f"measuring {name}", markup=False)
-                    told.append(what)
-
-            return once
-        task = self._bars.add_task("starts", total=1.0, device=name)
-
-        def advance(what: str, share: float) -> None:
-            self._bars.update(task, description=what, completed=share)
-
-        return advance
-
-
-def _show_calibration(
-    measured: Mapping[str, Any], failed: Mapping[str, str], addresses: Mapping[str, str]
-) -> None:
-    from rich import box
-    from rich.table import Table
-
-    console = _console()
-    if measured:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column("device", style="bold", no_wrap=True)
-        for title in ("matrix products", "copy", "launch", "links"):
-            table.add_column(title)
-        for address, found in measured.items():
-            table.add_row(
-                address,
-                "\n".join(f"{dtype} {_flops(rate)}" for dtype, rate in found["peak_flops"].items()),
-                f"{found['copy_gbps']:.0f} GB/s",
-                f"{found['launch_us']:.1f} µs",
-                "\n".join(
-                    f"{'to ' + addresses[end] if end in addresses else end} {gbps:.0f} GB/s"
-                    for end, gbps in found["links"].items()
-                ),
-            )
-        console.print(table)
-    for name, reason in failed.items():
-        console.print(f"{name}: {reason}", markup=False, style="red")
-
-
-def _flops(rate: float) -> str:
-    for unit, size in (("PFLOP/s", 1e15), ("TFLOP/s", 1e12), ("GFLOP/s", 1e9)):
-        if rate >= size:
-            return f"{rate / size:.3g} {unit}"
-    return f"{rate:.3g} FLOP/s"
-
-
-# --- drivetrain drivers --------------------------------------------------------------------------
-
-drivers_app = typer.Typer(
-    name="drivers",
-    help="Drivers, and which of those from outside may run.",
-    no_args_is_help=True,
-    add_completion=False,
-)
-
-
-@drivers_app.command("list")
-def list_drivers(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
-) -> None:
-    """List every driver with its state.
-
-    Example: drivetrain drivers list --json
-    """
-    states = [
-        {"name": s.name, "state": s.state, "reason": s.reason, "source": s.source}
-        for s in hal.drivers().values()
-    ]
-    if as_json:
-        print(json.dumps({"drivers": states}, indent=2))
-        return
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("driver", "state", "from", "reason"):
-        table.add_column(title)
-    for state in states:
-        table.add_row(*(escape(state[key]) for key in ("name", "state", "source", "reason")))
-    _console().print(table)
-
-
-@drivers_app.command("trust")
-def trust(
-    name: Annotated[str, typer.Argument(help="The driver's name, as `devices` lists it.")],
-) -> None:
-    """Let Drivetrain run an outside driver's code from now on.
-
-    Example: drivetrain drivers trust mychip
-    """
-    source = registry.trust(name)
-    print(f"driver {name} from {source} is trusted")
-
-
-@drivers_app.command("untrust")
-def untrust(
-    name: Annotated[str, typer.Argument(help="The driver's name.")],
-) -> None:
-    """No longer run an outside driver's code.
-
-    Example: drivetrain drivers untrust mychip
-    """
-    registry.untrust(name)
-    print(f"driver {name} is no longer trusted")

@@ -13,7 +13,7 @@ _SCRIPT_ARGS: list[str] = []
 
 
 def _mount() -> typer.Typer:
-    from drivetrain.cli import devices, jobs, run
+    from drivetrain.cli import calibrate, devices, doctor, drivers, jobs, run
 
     app = typer.Typer(
         name="drivetrain",
@@ -25,9 +25,9 @@ def _mount() -> typer.Typer:
     )
     app.callback()(_top)
     app.command()(devices.devices)
-    app.command()(devices.doctor)
-    app.command()(devices.calibrate)
-    app.add_typer(devices.drivers_app, name="drivers")
+    app.command()(doctor.doctor)
+    app.command()(calibrate.calibrate)
+    app.add_typer(drivers.drivers_app, name="drivers")
     app.command()(run.run)
     app.command(name="jobs")(jobs.jobs)
     app.command()(jobs.show)
