@@ -1,0 +1,1 @@
+"""One kernel source for every device: CUDA C, translated where a device does not take it."""
