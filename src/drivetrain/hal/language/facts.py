@@ -41,7 +41,7 @@ class KernelFacts:
     symbol: str
     """What `Backend.function` is asked for. On ``cpu`` the shared object exports it with
     ``dt_cpu_`` in front. It differs from the name in the source for templates (``scale<float>``
-    is ``scale_float``), for C++ names on CUDA, and where a name is a word of the target's language."""
+    is ``scale_float``), for C++ names on CUDA, and where a name is a word of the target."""
     params: tuple[Param, ...]
     dynamic_shared: bool = False
     """It declares ``extern __shared__``. In OpenCL a ``__local`` pointer comes last then."""
