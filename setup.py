@@ -1,7 +1,8 @@
-"""The one thing that pyproject.toml cannot say: a C extension that an install does without.
+"""The one thing that pyproject.toml cannot say: C extensions that an install does without.
 
-``drivetrain.hal._native`` makes the hot calls cheap. Where no compiler or no Python headers are
-found the build goes on and the pure-Python twin is used.
+Each ``src/drivetrain/hal/_NAME.c`` is the Python side of what the C files without an underscore
+do; those know no Python. Where no compiler or no Python headers are found the build goes on, and
+the pure-Python twins are used.
 """
 
 from pathlib import Path
@@ -9,19 +10,19 @@ from pathlib import Path
 from setuptools import Extension, setup
 
 HAL = Path("src/drivetrain/hal")
-SOURCES = [str(HAL / name) for name in ("_native.c", "core.c") if (HAL / name).exists()]
+FREE_OF_PYTHON = [str(path) for path in sorted(HAL.glob("[!_]*.c"))]
 
-extensions = []
-if str(HAL / "_native.c") in SOURCES:
-    extensions.append(
+setup(
+    ext_modules=[
         Extension(
-            "drivetrain.hal._native",
-            sources=SOURCES,
+            f"drivetrain.hal.{path.stem}",
+            sources=[str(path), *FREE_OF_PYTHON],
             depends=[str(path) for path in sorted(HAL.glob("*.h"))],
             include_dirs=[str(HAL)],
-            extra_compile_args=["-O3"],
+            extra_compile_args=["-O3", "-std=gnu11", "-pthread"],
+            extra_link_args=["-pthread"],
             optional=True,
         )
-    )
-
-setup(ext_modules=extensions)
+        for path in sorted(HAL.glob("_*.c"))
+    ]
+)

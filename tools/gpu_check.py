@@ -2,7 +2,7 @@
 
 The torch that the interpreter has is used as it is. What else the project needs and the
 interpreter lacks comes from a folder of wheels, into a temporary folder that is put on the path;
-no package registry is asked. The C extension is built in place when a compiler is there.
+no package registry is asked. The C extensions are built in place when a compiler is there.
 
     python3 tools/gpu_check.py [--wheels FOLDER] [ARGUMENTS OF benchmarks/gpu_check.py]
 """
@@ -52,21 +52,20 @@ def add_wheels(wheels: Path, site: Path) -> None:
             print(f"gpu-check: {name} could not be added", flush=True)
 
 
-def build_extension() -> None:
-    """Compile the C extension with the compiler alone: the given setuptools may be any version."""
+def build_extensions() -> None:
+    """Compile the C extensions with the compiler alone: the given setuptools may be any version."""
     hal = ROOT / "src" / "drivetrain" / "hal"
-    sources = [str(hal / name) for name in ("_native.c", "core.c") if (hal / name).exists()]
-    if str(hal / "_native.c") not in sources:
-        return
-    target = hal / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        print("gpu-check: no C compiler, so no C extension; the Python twin is used", flush=True)
+        print("gpu-check: no C compiler, so no C extension; the Python twins are used", flush=True)
         return
-    command = [compiler, "-O3", "-fPIC", "-shared", f"-I{sysconfig.get_path('include')}"]
-    done = subprocess.run([*command, *sources, "-o", str(target)], check=False)
-    if done.returncode:
-        print("gpu-check: no C extension (the lines above say why); the Python twin is used")
+    command = [compiler, "-O3", "-std=gnu11", "-fPIC", "-pthread", "-shared"]
+    command += [f"-I{sysconfig.get_path('include')}", f"-I{hal}"]
+    for path in sorted(hal.glob("_*.c")):
+        target = path.with_name(f"{path.stem}{sysconfig.get_config_var('EXT_SUFFIX')}")
+        sources = [str(path), *map(str, sorted(hal.glob("[!_]*.c")))]
+        if subprocess.run([*command, *sources, "-o", str(target)], check=False).returncode:
+            print(f"gpu-check: no {path.stem} (the lines above say why); its Python twin is used")
 
 
 def main() -> int:
@@ -88,7 +87,7 @@ def main() -> int:
             add_wheels(options.wheels.resolve(), site)
         path = [str(site), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in path if p)}
-        build_extension()
+        build_extensions()
         return subprocess.run([sys.executable, str(CHECK), *rest], env=env, check=False).returncode
 
 
