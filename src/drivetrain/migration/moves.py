@@ -18,7 +18,7 @@ from typing import Any
 from drivetrain.errors import BadInput, DrivetrainError, IntegrityError, MigrationError
 from drivetrain.migration.endpoint import Cut, Endpoint, Peer
 from drivetrain.migration.integrity import first_difference, state_hash
-from drivetrain.migration.segment import Ring
+from drivetrain.migration.segment import RING_SLOT_BYTES, Ring
 from drivetrain.store.crash import crash_point
 
 STRATEGIES = ("immediate", "checkpointed")
@@ -27,10 +27,6 @@ _PAUSE_S = 600.0
 _COPY_S = 600.0
 _PREPARE_S = 60.0
 _RING_SLOTS = 8
-_BLOCK = 16 << 20
-_LARGE_BLOCK = 64 << 20  # on a fast link, what a block costs to begin counts
-_LARGE_RING_SLOTS = 16
-_LARGE = 8 << 30
 _SMALL = 32 << 20  # below this the bytes hardly count
 
 
@@ -303,6 +299,4 @@ class _Phase:
 
 
 def _ring_for(nbytes: int) -> Ring:
-    if nbytes >= _LARGE:
-        return Ring.create(_LARGE_RING_SLOTS, _LARGE_BLOCK)
-    return Ring.create(max(2, min(_RING_SLOTS, -(-nbytes // _BLOCK))), _BLOCK)
+    return Ring.create(max(2, min(_RING_SLOTS, -(-nbytes // RING_SLOT_BYTES))))

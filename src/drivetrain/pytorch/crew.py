@@ -1,0 +1,77 @@
+"""Copies and hashes of host memory by several threads: a crew of C threads where there is one.
+
+The crew takes parts of 256 KiB in turn and costs microseconds a job, so that blocks can be small
+enough to stay in the processor's cache on their way. Without the C extension a pool of Python
+threads does the same work.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+from drivetrain.hal import bytes as raw
+
+ONLY_COPY = 2**64 - 1
+MOST_THREADS = 24
+_SHARE = 4  # pieces that one Python thread takes at once
+
+Piece = tuple[int, int, int, int]
+"""(destination, or 0 to hash only; source; bytes; index of the first word in its chunk, or
+ONLY_COPY). A piece that is hashed lies in one chunk."""
+
+
+def begin(pieces: Sequence[Piece], threads: int) -> Callable[[], list[int]]:
+    """Begin to copy or hash; the function that is returned waits for it and returns the hashes,
+    one a piece (0 where only copied). The memory must stay until then."""
+    threads = min(threads, MOST_THREADS)
+    if threads <= 1 or not pieces:
+        done = _do(pieces)
+        return lambda: done
+    crew = _crew(threads, os.getpid())
+    if crew is not None:
+        job = crew.begin(array("Q", [number for piece in pieces for number in piece]))
+
+        def wait() -> list[int]:
+            found: list[int] | None = job.wait()
+            return [0] * len(pieces) if found is None else found
+
+        return wait
+    pool = _pool(threads, os.getpid())
+    shares = [pool.submit(_do, pieces[at : at + _SHARE]) for at in range(0, len(pieces), _SHARE)]
+    return lambda: [value for share in shares for value in share.result()]
+
+
+def _do(pieces: Sequence[Piece]) -> list[int]:
+    hashes = []
+    for target, source, nbytes, word in pieces:
+        if word == ONLY_COPY:
+            raw.copy(target, source, nbytes)
+            hashes.append(0)
+        elif target:
+            hashes.append(raw.copy_checksum(target, source, nbytes, word))
+        else:
+            hashes.append(raw.checksum(source, nbytes, word))
+    return hashes
+
+
+@cache
+def _crew(threads: int, pid: int) -> Any:
+    """The crew of this process, ``None`` where the C extension is not used. The thread that waits
+    works too, so the crew has one thread less."""
+    if raw.BACKEND != "native":
+        return None
+    try:
+        from drivetrain.hal._crew import Crew  # type: ignore[import-not-found]
+    except ImportError:
+        return None
+    return Crew(max(1, threads - 1))
+
+
+@cache
+def _pool(threads: int, pid: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="drivetrain-copy")
