@@ -18,15 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drivetrain.errors import DrivetrainError, IntegrityError, StoreError
-from drivetrain.migration import checkpoint
-from drivetrain.migration.integrity import (
-    CHUNK_BYTES,
-    Layout,
-    Manifest,
-    TensorSpec,
-    image_hashes,
-    state_hash,
-)
+from drivetrain.hal.bytes import CHUNK_BYTES, checksum
+from drivetrain.migration import checkpoint, checkpoint_form
+from drivetrain.migration import loaded as loaded_checkpoint
+from drivetrain.migration.integrity import Layout, Manifest, TensorSpec, state_hash
+from drivetrain.pytorch.image import summed
 from drivetrain.store.crash import crash_points
 
 TREE = b'{"rng":[1,2,3],"u":"\\u00e9"}'
@@ -46,6 +42,12 @@ MANIFEST = Manifest(
     "f00d",
     {"loop": {"epochs": 1}},
 )
+
+
+def hashes_of(layout: Layout, image: int) -> list[int]:
+    """The chunk hashes of a state that lies in its layout at address ``image``."""
+    parts = [(p.chunk, checksum(image + p.start, p.nbytes, p.first_word)) for p in layout.pieces()]
+    return summed(layout.nbytes, parts)
 
 
 def address(buffer: bytearray) -> int:
@@ -75,7 +77,7 @@ def save(
     **more: Any,
 ) -> Path:
     content = image_of(manifest, step) if content is None else content
-    digest = state_hash(image_hashes(Layout.of(manifest), address(content)), TREE)
+    digest = state_hash(hashes_of(Layout.of(manifest), address(content)), TREE)
     given: dict[str, Any] = {
         "facts": manifest.to_json(),
         "tree_json": TREE,
@@ -86,7 +88,7 @@ def save(
 
 
 def contents(path: Path) -> bytes:
-    with checkpoint.load(path) as loaded:
+    with loaded_checkpoint.load(path) as loaded:
         buffer = bytearray(b"\xee" * loaded.nbytes)
         loaded.read_into(address(buffer))
         return bytes(buffer)
@@ -97,12 +99,12 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert path.name == "step-000000000012-e3"
     image = image_of(MANIFEST, 12)
     assert contents(path) == image
-    with checkpoint.load(path) as loaded:
+    with loaded_checkpoint.load(path) as loaded:
         assert (loaded.step, loaded.epoch, loaded.nbytes) == (12, 3, len(image))
         assert loaded.facts == MANIFEST.to_json()
         assert loaded.manifest == MANIFEST
         assert loaded.tree_json == TREE
-        hashes = image_hashes(loaded.layout, address(image))
+        hashes = hashes_of(loaded.layout, address(image))
         assert loaded.state_hash == state_hash(hashes, TREE)
     assert sorted(p.name for p in path.iterdir()) == ["manifest.json", "state.safetensors"]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
@@ -110,7 +112,7 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 def test_single_tensors_aliases_and_ranges_are_read(tmp_path: Path) -> None:
     image = image_of(MANIFEST, 10)
-    with checkpoint.load(save(tmp_path)) as loaded:
+    with loaded_checkpoint.load(save(tmp_path)) as loaded:
         w = loaded.layout.offsets[loaded.layout.index["w"]]
         for name, start, nbytes in (("w", w, 140), ("tied", w + 28, 28)):
             buffer = bytearray(nbytes)
@@ -144,7 +146,7 @@ def test_several_chunks_come_back_however_they_were_cut(tmp_path: Path, step: in
     manifest, image = big()
     view = memoryview(image)
     parts = (view[i : i + step].toreadonly() for i in range(0, len(image), step))
-    digest = state_hash(image_hashes(Layout.of(manifest), address(image)), TREE)
+    digest = state_hash(hashes_of(Layout.of(manifest), address(image)), TREE)
     path = checkpoint.write(
         tmp_path,
         step=1,
@@ -186,7 +188,7 @@ def test_the_safetensors_library_reads_the_data(tmp_path: Path) -> None:
 def test_an_empty_state_is_a_state(tmp_path: Path) -> None:
     empty = Manifest()
     path = save(tmp_path, manifest=empty, content=bytearray())
-    checkpoint.verify(path)
+    loaded_checkpoint.verify(path)
     assert contents(path) == b""
 
 
@@ -206,12 +208,12 @@ def test_one_flipped_byte_anywhere_is_found(saved: Path, data: Any) -> None:
     file.write_bytes(damaged)
     try:
         with pytest.raises(IntegrityError):
-            checkpoint.verify(saved)
+            loaded_checkpoint.verify(saved)
         with pytest.raises(IntegrityError):
             contents(saved)
     finally:
         file.write_bytes(whole)
-    checkpoint.verify(saved)  # the control: unflipped it is valid
+    loaded_checkpoint.verify(saved)  # the control: unflipped it is valid
 
 
 def test_a_flipped_byte_in_any_chunk_is_found_when_its_tensor_is_read(tmp_path: Path) -> None:
@@ -239,17 +241,17 @@ def test_a_shortened_or_missing_file_is_found(tmp_path: Path, name: str) -> None
     for keep in (size - 1, 1, 0):
         os.truncate(path / name, keep)
         with pytest.raises(IntegrityError):
-            checkpoint.load(path)
+            loaded_checkpoint.load(path)
     (path / name).unlink()
     with pytest.raises(IntegrityError, match="missing"):
-        checkpoint.load(path)
+        loaded_checkpoint.load(path)
 
 
 def test_a_checkpoint_under_another_name_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, step=5)
     other = path.rename(tmp_path / "step-000000000006-e1")
     with pytest.raises(IntegrityError, match="renamed"):
-        checkpoint.load(other)
+        loaded_checkpoint.load(other)
 
 
 def test_two_are_kept_and_the_newest_is_of_the_highest_epoch(tmp_path: Path) -> None:
@@ -257,8 +259,8 @@ def test_two_are_kept_and_the_newest_is_of_the_highest_epoch(tmp_path: Path) -> 
         save(tmp_path, step, epoch)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["step-000000000015-e2", "step-000000000030-e1"]
-    assert checkpoint.newest(tmp_path) == tmp_path / "step-000000000015-e2"
-    assert checkpoint.newest(tmp_path / "none") is None
+    assert checkpoint.newest_valid(tmp_path).path == tmp_path / "step-000000000015-e2"
+    assert checkpoint.newest_valid(tmp_path / "none").path is None
 
 
 def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
@@ -313,7 +315,7 @@ def test_a_full_or_failing_disk_changes_nothing(
     with pytest.raises(StoreError, match="full" if fault.startswith("enospc") else "EIO"):
         save(tmp_path, 20)
     assert list(tmp_path.iterdir()) == [before]
-    checkpoint.verify(before)
+    loaded_checkpoint.verify(before)
 
 
 def test_saving_the_same_step_again_keeps_or_replaces_it(tmp_path: Path) -> None:
@@ -381,9 +383,9 @@ def test_every_point_of_writing_is_tried() -> None:
 def test_a_format_of_the_future_is_said(tmp_path: Path) -> None:
     path = save(tmp_path)
     body = {"format": 99}
-    (path / "manifest.json").write_bytes(checkpoint._sealed(body))
+    (path / "manifest.json").write_bytes(checkpoint_form.sealed(body))
     with pytest.raises(DrivetrainError, match="format 99"):
-        checkpoint.load(path)
+        loaded_checkpoint.load(path)
 
 
 def test_two_threads_saving_the_same_step_leave_one_whole_checkpoint(tmp_path: Path) -> None:
@@ -392,5 +394,5 @@ def test_two_threads_saving_the_same_step_leave_one_whole_checkpoint(tmp_path: P
         for step in range(10):
             paths = set(pool.map(lambda _, step=step: save(tmp_path, step), range(8)))
             assert len(paths) == 1
-            checkpoint.verify(paths.pop())
+            loaded_checkpoint.verify(paths.pop())
     assert [path.name for path in tmp_path.glob(".*")] == []

@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -14,21 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drivetrain.errors import IntegrityError
+from drivetrain.hal.bytes import CHUNK_BYTES, checksum
 from drivetrain.migration.integrity import (
-    CHUNK_BYTES,
     Layout,
     Manifest,
     TensorSpec,
     canonical_json,
-    chunk_hashes,
-    combine,
-    copy_in,
-    copy_out,
     first_difference,
-    hash_tensors,
-    image_hashes,
     state_hash,
 )
+from drivetrain.pytorch.image import summed
 
 
 def spec(name: str, nbytes: int, **more: Any) -> TensorSpec:
@@ -88,43 +84,45 @@ def test_the_pieces_of_any_cuts_cover_each_tensor_once(sizes: list[int], data: A
     assert done == sizes
 
 
+def hashes_of(layout: Layout, tensors: list[bytearray], cuts: Iterable[int]) -> list[int]:
+    """The chunk hashes, from the pieces between the cuts, each hashed by itself."""
+    marks = [0, *cuts, layout.nbytes]
+    return summed(
+        layout.nbytes,
+        [
+            (p.chunk, checksum(address(tensors[p.tensor]) + p.offset, p.nbytes, p.first_word))
+            for start, stop in itertools.pairwise(marks)
+            for p in layout.pieces(start, stop)
+        ],
+    )
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.binary(max_size=200), max_size=5))
 def test_the_hash_is_the_written_formula_with_padding_as_zero(tensors: list[bytes]) -> None:
-    buffers = [bytearray(t) for t in tensors]
     layout = Layout.of([spec(f"t{i}", len(t)) for i, t in enumerate(tensors)])
     image = bytearray(layout.nbytes)
     for offset, tensor in zip(layout.offsets, tensors, strict=True):
         image[offset : offset + len(tensor)] = tensor
     expected = [slow_hash(bytes(image))] if layout.nbytes else []
-    assert chunk_hashes(layout, [address(b) for b in buffers]) == expected
-    assert image_hashes(layout, address(image)) == expected
+    assert hashes_of(layout, [bytearray(t) for t in tensors], []) == expected
 
 
-def test_over_several_chunks_pieces_sum_up_and_bytes_arrive() -> None:
+def test_over_several_chunks_pieces_sum_up_however_they_are_cut() -> None:
     sizes = [CHUNK_BYTES - 100, 7, CHUNK_BYTES + 4099, 0, 333]
     seed = bytes(range(256)) * (max(sizes) // 256 + 2)
-    source = [bytearray(seed[i * 13 : i * 13 + n]) for i, n in enumerate(sizes)]
-    target = [bytearray(n) for n in sizes]
+    tensors = [bytearray(seed[i * 13 : i * 13 + n]) for i, n in enumerate(sizes)]
     layout = Layout.of([spec(f"t{i}", n) for i, n in enumerate(sizes)])
-    from_, to = [address(b) for b in source], [address(b) for b in target]
-    step = 1 << 20
-    window = bytearray(b"\xee" * step)  # dirt in the padding must not count
-    sent, received = [0] * layout.chunks, [0] * layout.chunks
-    for start in range(0, layout.nbytes, step):
-        stop = min(start + step, layout.nbytes)
-        combine(sent, copy_in(layout, from_, address(window), start, stop))
-        combine(received, copy_out(layout, address(window), to, start, stop))
-    assert target == source
-    assert sent == received == chunk_hashes(layout, from_) == chunk_hashes(layout, to)
-    target[2][CHUNK_BYTES] ^= 1
-    changed = chunk_hashes(layout, to)
-    assert [a != b for a, b in zip(sent, changed, strict=True)] == [False, False, True]
+    whole = hashes_of(layout, tensors, [])
+    assert hashes_of(layout, tensors, range(1 << 20, layout.nbytes, 1 << 20)) == whole
+    tensors[2][CHUNK_BYTES] ^= 1
+    changed = hashes_of(layout, tensors, [])
+    assert [a != b for a, b in zip(whole, changed, strict=True)] == [False, False, True]
 
 
 def test_ranges_must_start_at_words() -> None:
     with pytest.raises(ValueError, match="multiple of 4"):
-        hash_tensors(Layout.of([spec("a", 64)]), [0], 2)
+        list(Layout.of([spec("a", 64)]).pieces(2))
 
 
 def test_the_state_hash_is_xxh3_128_of_hashes_and_tree() -> None:

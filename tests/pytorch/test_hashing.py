@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from drivetrain.errors import BadInput
+from drivetrain.hal.bytes import CHUNK_BYTES
 from drivetrain.pytorch import hashing
-from drivetrain.pytorch.hashing import CHUNK, ImagePlan
+from drivetrain.pytorch.hashing import ImagePlan
+from drivetrain.pytorch.image import summed
 
 torch.set_num_threads(1)
 
@@ -22,8 +24,8 @@ def reference(flats: list[torch.Tensor]) -> list[int]:
     """The definition, in numpy: pad, cut in chunks, multiply, add."""
     image = b"".join(bytes(t.numpy()) + b"\0" * (-t.numel() % 64) for t in flats)
     hashes = []
-    for start in range(0, len(image), CHUNK):
-        words = np.frombuffer(image[start : start + CHUNK], "<u4").astype(np.uint64)
+    for start in range(0, len(image), CHUNK_BYTES):
+        words = np.frombuffer(image[start : start + CHUNK_BYTES], "<u4").astype(np.uint64)
         index = np.arange(1, len(words) + 1, dtype=np.uint64)
         weights = (index * np.uint64(0x9E3779B97F4A7C15)) | np.uint64(1)
         hashes.append(int((words * weights).sum(dtype=np.uint64)))
@@ -40,7 +42,7 @@ def tensors(sizes: list[int], seed: int = 0) -> list[torch.Tensor]:
 def as_accelerator(plan: ImagePlan) -> list[int]:
     """The operations that an accelerator runs, run by torch's CPU."""
     waiting = plan._hash_on(torch.device("cpu"), 0, plan.nbytes)
-    return hashing.combine(plan.nbytes, hashing._collect(waiting))
+    return summed(plan.nbytes, hashing._collect(waiting))
 
 
 SIZES = [
@@ -48,10 +50,10 @@ SIZES = [
     [0],
     [1],
     [64, 0, 3],
-    [CHUNK],
-    [CHUNK - 64, 130],
-    [5, CHUNK * 2 + 7, 0, 100],
-    [CHUNK * 17 + 5, 9],
+    [CHUNK_BYTES],
+    [CHUNK_BYTES - 64, 130],
+    [5, CHUNK_BYTES * 2 + 7, 0, 100],
+    [CHUNK_BYTES * 17 + 5, 9],
 ]
 
 
@@ -67,7 +69,7 @@ def test_all_ways_of_hashing_give_the_definitions_numbers(sizes: list[int]) -> N
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.integers(0, 300) | st.sampled_from([CHUNK, CHUNK - 60]), max_size=8),
+    st.lists(st.integers(0, 300) | st.sampled_from([CHUNK_BYTES, CHUNK_BYTES - 60]), max_size=8),
     st.lists(st.floats(0, 1), max_size=6),
     st.integers(0, 1000),
 )
@@ -83,7 +85,7 @@ def test_an_image_survives_any_cut_into_pieces(
     for start, stop in itertools.pairwise(edges):
         pieces += plan.read_into(base + start, start, stop, threads=1 + seed % 2)
         other.write_from(base + start, start, stop)
-    assert hashing.combine(plan.nbytes, pieces) == plan.hashes() == other.hashes()
+    assert summed(plan.nbytes, pieces) == plan.hashes() == other.hashes()
     for a, b in zip(source, target, strict=True):
         assert torch.equal(a, b)
     image = b"".join(bytes(t.numpy()) + b"\0" * (-t.numel() % 64) for t in source)
@@ -115,9 +117,9 @@ def test_any_flipped_bit_and_any_two_swapped_words_change_the_hash() -> None:
 
 
 def test_a_tensor_that_starts_at_an_odd_byte_is_hashed_alike() -> None:
-    base = tensors([CHUNK * 2 + 9])[0]
+    base = tensors([CHUNK_BYTES * 2 + 9])[0]
     for start in (0, 1, 3, 4):
-        flats = [base[start : start + CHUNK + 5]]
+        flats = [base[start : start + CHUNK_BYTES + 5]]
         assert as_accelerator(ImagePlan(flats)) == ImagePlan(flats).hashes() == reference(flats)
 
 
@@ -140,7 +142,7 @@ def test_a_gpu_gives_the_cpus_numbers_and_bytes(sizes: list[int]) -> None:
     base, middle = ctypes.addressof(segment), plan.nbytes // 128 * 64
     first = plan.begin_read(base, 0, middle)
     second = plan.begin_read(base + middle, middle, plan.nbytes)
-    assert hashing.combine(plan.nbytes, first() + second()) == reference(host)
+    assert summed(plan.nbytes, first() + second()) == reference(host)
     back = [torch.zeros_like(t) for t in plan.flats]
     target = ImagePlan(back)
     target.write_from(base, 0, middle)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,8 @@ def test_the_shapes_of_jobs_and_show(home: Home) -> None:
     } <= shown["failovers"][0].keys()
     assert shown["moves"][0]["hash_source"] == shown["moves"][0]["hash_target"]
     assert shown["workers"] == []
+    with closing(Database(home.state / "drivetrain.sqlite")) as database:
+        assert database.placements(shown["id"]) == (shown["placement"],)
     asked = shown["requests"][0]
     assert (asked["command"], asked["uid"], asked["reason"]) == (
         "migrate",

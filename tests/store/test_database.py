@@ -138,6 +138,19 @@ def test_history_placements_and_moves_come_back(database: Database) -> None:
     assert all(m.at > 0 for m in database.moves())
 
 
+def test_only_the_newest_of_the_past_is_kept(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("drivetrain.store.database._KEPT", 3)
+    for i in range(7):
+        database.add_placement("j", {"number": i})
+        database.add_history("s", f"cpu:{i}", step_seconds=1.0, memory_bytes=None)
+        database.add_move(Move("j", "cpu:0", "cpu:1", i, None, 1.0, 5.0, "immediate"))
+    assert [p["number"] for p in database.placements("j")] == [4, 5, 6]
+    assert sorted(database.step_seconds("s")) == ["cpu:4", "cpu:5", "cpu:6"]
+    assert [m.nbytes for m in database.moves()] == [6, 5, 4]
+
+
 @pytest.mark.parametrize("damage", ["garbage", "header", "middle"])
 def test_a_damaged_file_is_made_anew_and_that_is_said_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str

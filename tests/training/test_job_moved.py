@@ -46,7 +46,7 @@ def held_after(job, step):
     """The step that the job waits at, after ``step``; None when it ended."""
     deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline:
-        over = job._supervisor.ended.is_set()
+        over = job.ended
         for event in job.events(follow=False):
             if event["event"] == "held" and event["step"] > step:
                 return event["step"]

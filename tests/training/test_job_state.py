@@ -16,6 +16,7 @@ from torch import nn
 import drivetrain
 from drivetrain.errors import JobError
 from drivetrain.training import job as job_module
+from drivetrain.training.arguments import refuse_ranks
 
 
 def seed(number):
@@ -235,8 +236,8 @@ def test_once_calls_at_most_once_and_keeps_the_result():
 def test_several_ranks_are_refused_in_one_sentence(monkeypatch):
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     with pytest.raises(JobError) as refused:
-        job_module._refuse_ranks()
+        refuse_ranks()
     assert "several ranks" in str(refused.value)
     assert ". " not in str(refused.value)
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "1")
-    job_module._refuse_ranks()
+    refuse_ranks()

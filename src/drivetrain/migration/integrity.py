@@ -1,8 +1,7 @@
 """What a state is made of, where its bytes lie, and how two sides show that they have the same.
 
-*Layout*: tensors in order, each at an offset aligned to 64 bytes, in one flat address space, the
-image. *Chunk hash*: see `drivetrain.hal.bytes`. It is additive, so pieces are hashed where and
-when they pass. *State hash*: xxh3_128 over the chunk hashes and the tree.
+*Layout*: where each tensor lies in the image (see `drivetrain.pytorch.image`, which has the chunks
+and their hashes too). *State hash*: xxh3_128 over the chunk hashes and the tree.
 """
 
 from __future__ import annotations
@@ -18,11 +17,7 @@ from typing import Any, Literal
 import xxhash
 
 from drivetrain.errors import IntegrityError
-from drivetrain.hal.bytes import checksum, copy_checksum
-
-CHUNK_BYTES = 4 << 20
-ALIGNMENT = 64
-_MASK = 0xFFFF_FFFF_FFFF_FFFF
+from drivetrain.pytorch import image
 
 Klass = Literal["replace", "append_only", "read_only"]
 _KLASSES = ("replace", "append_only", "read_only")
@@ -137,10 +132,7 @@ class Layout:
     def of(cls, tensors: Iterable[TensorSpec] | Manifest) -> Layout:
         specs = tensors.tensors if isinstance(tensors, Manifest) else tensors
         own = [spec for spec in specs if spec.alias_of is None]
-        offsets, end = [], 0
-        for spec in own:
-            offsets.append(end)
-            end += -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
+        offsets, end = image.layout(spec.nbytes for spec in own)
         return cls(
             tuple(spec.name for spec in own),
             tuple(spec.dtype for spec in own),
@@ -152,7 +144,7 @@ class Layout:
 
     @property
     def chunks(self) -> int:
-        return -(-self.nbytes // CHUNK_BYTES)
+        return image.chunks(self.nbytes)
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -172,87 +164,11 @@ class Layout:
             if first >= stop:
                 break
             at, end = max(first, start), min(first + self.sizes[tensor], stop)
-            while at < end:
-                chunk = at // CHUNK_BYTES
-                upto = min(end, (chunk + 1) * CHUNK_BYTES)
-                word = (at - chunk * CHUNK_BYTES) // 4
-                yield Piece(chunk, tensor, at - first, at, upto - at, word)
-                at = upto
+            for chunk, word, offset, nbytes in image.cut(at, end - at):
+                yield Piece(chunk, tensor, at + offset - first, at + offset, nbytes, word)
 
 
 # -- hashes ---------------------------------------------------------------------------------------
-
-
-def combine(hashes: list[int], parts: Iterable[tuple[int, int]]) -> None:
-    """Add (chunk, part of its hash) to the chunk hashes in place."""
-    for chunk, value in parts:
-        hashes[chunk] = (hashes[chunk] + value) & _MASK
-
-
-def hash_tensors(
-    layout: Layout, addresses: Sequence[int], start: int = 0, stop: int | None = None
-) -> list[tuple[int, int]]:
-    """(chunk, part of its hash) of the image's range, read from the tensors at ``addresses``."""
-    return [
-        (p.chunk, checksum(addresses[p.tensor] + p.offset, p.nbytes, p.first_word))
-        for p in layout.pieces(start, stop)
-    ]
-
-
-def copy_in(
-    layout: Layout,
-    addresses: Sequence[int],
-    window: int,
-    start: int = 0,
-    stop: int | None = None,
-) -> list[tuple[int, int]]:
-    """Copy the image's range from the tensors to memory at ``window``, which takes byte ``start``.
-
-    Returns the parts of the chunk hashes of what was read. Padding is not written.
-    """
-    return [
-        (
-            p.chunk,
-            copy_checksum(
-                window + p.start - start, addresses[p.tensor] + p.offset, p.nbytes, p.first_word
-            ),
-        )
-        for p in layout.pieces(start, stop)
-    ]
-
-
-def copy_out(
-    layout: Layout,
-    window: int,
-    addresses: Sequence[int],
-    start: int = 0,
-    stop: int | None = None,
-) -> list[tuple[int, int]]:
-    """Copy the image's range from memory at ``window`` (its byte ``start``) to the tensors.
-
-    Returns the parts of the chunk hashes of what was read.
-    """
-    return [
-        (
-            p.chunk,
-            copy_checksum(
-                addresses[p.tensor] + p.offset, window + p.start - start, p.nbytes, p.first_word
-            ),
-        )
-        for p in layout.pieces(start, stop)
-    ]
-
-
-def chunk_hashes(layout: Layout, addresses: Sequence[int]) -> list[int]:
-    """The chunk hashes of a state whose tensors lie densely at ``addresses`` in host memory."""
-    hashes = [0] * layout.chunks
-    combine(hashes, hash_tensors(layout, addresses))
-    return hashes
-
-
-def image_hashes(layout: Layout, image: int) -> list[int]:
-    """The chunk hashes of a state that lies in its layout at address ``image``."""
-    return chunk_hashes(layout, [image + offset for offset in layout.offsets])
 
 
 def state_hash(chunk_hashes: Sequence[int], tree_json: bytes) -> str:

@@ -1,8 +1,4 @@
-"""The state's image in memory, and its chunk hashes, on the tensors' own device.
-
-The image is one flat address space: the tensors one after the other, each at a multiple of 64
-bytes. It is cut in chunks of 4 MiB; a chunk's hash is a sum over its words (see hal.bytes), so the
-hashes of pieces add up, mod 2^64, to the chunk's, on whatever device each was computed.
+"""The state's image (see ``image``) in memory, and its chunk hashes, on the tensors' own device.
 
 On the CPU the bytes go through hal.bytes. On an accelerator torch's 64-bit integer operations,
 which wrap, give the same numbers.
@@ -22,35 +18,17 @@ from torch import Tensor
 
 from drivetrain.errors import BadInput
 from drivetrain.hal import bytes as raw
+from drivetrain.hal.bytes import CHUNK_BYTES
+from drivetrain.pytorch.image import ALIGNMENT, MASK, cut, layout, summed
 
-ALIGNMENT = 64
-CHUNK = raw.CHUNK_BYTES
-_WORDS = CHUNK // 4
-_BLOCK = 16 * CHUNK  # hashed at once on an accelerator
-_MASK = 2**64 - 1
+_WORDS = CHUNK_BYTES // 4
+_BLOCK = 16 * CHUNK_BYTES  # hashed at once on an accelerator
 _SHARE = 4  # chunks that one thread takes at once
 _MOST_THREADS = 24
 
 Pieces = list[tuple[int, int]]  # (index of the chunk, a part of its hash)
 _Work = TypeVar("_Work")
 _Span = tuple[int, int, int, int]  # number of the tensor, offset in it, offset in the image, bytes
-
-
-def layout(sizes: Iterable[int]) -> tuple[list[int], int]:
-    """The offset of each tensor in the image, and the image's size, from sizes in bytes."""
-    offsets, at = [], 0
-    for size in sizes:
-        offsets.append(at)
-        at += -(-size // ALIGNMENT) * ALIGNMENT
-    return offsets, at
-
-
-def combine(nbytes: int, pieces: Iterable[tuple[int, int]]) -> list[int]:
-    """The chunk hashes of an image of ``nbytes`` from the pieces' parts."""
-    hashes = [0] * (-(-nbytes // CHUNK))
-    for chunk, part in pieces:
-        hashes[chunk] = (hashes[chunk] + part) & _MASK
-    return hashes
 
 
 class ImagePlan:
@@ -93,7 +71,7 @@ class ImagePlan:
                 target = ptr + place - start
                 work += [
                     (chunk, target + offset, source + offset, part, word)
-                    for chunk, word, offset, part in _pieces(place, size)
+                    for chunk, word, offset, part in cut(place, size)
                 ]
             else:
                 host = _host(ptr + place - start, size)
@@ -125,8 +103,8 @@ class ImagePlan:
             if tensor.device.type == "cpu":
                 target = tensor.data_ptr() + inside
                 work += [
-                    (target + at, source + at, min(CHUNK, size - at))
-                    for at in range(0, size, CHUNK)
+                    (target + at, source + at, min(CHUNK_BYTES, size - at))
+                    for at in range(0, size, CHUNK_BYTES)
                 ]
             else:
                 tensor[inside : inside + size].copy_(_host(source, size), non_blocking=True)
@@ -143,7 +121,7 @@ class ImagePlan:
 
     def hashes(self, threads: int = 1) -> list[int]:
         """The chunk hashes, from the tensors themselves."""
-        return combine(self.nbytes, self.hash_range(0, self.nbytes, threads))
+        return summed(self.nbytes, self.hash_range(0, self.nbytes, threads))
 
     def hash_range(self, start: int, stop: int, threads: int = 1) -> Pieces:
         """Parts of the hashes of the chunks in [start, stop), from the tensors themselves."""
@@ -154,7 +132,7 @@ class ImagePlan:
                 address = tensor.data_ptr() + inside
                 host += [
                     (chunk, address + offset, part, word)
-                    for chunk, word, offset, part in _pieces(place, size)
+                    for chunk, word, offset, part in cut(place, size)
                 ]
             else:
                 devices.add(tensor.device)
@@ -201,9 +179,9 @@ class ImagePlan:
         """Queues the hashes of the range's bytes on ``device``: (first chunk, chunks, parts)."""
         weights, total = _weights(device)
         waiting = []
-        first_block = start - start % CHUNK
+        first_block = start - start % CHUNK_BYTES
         for low in range(first_block, stop, _BLOCK):
-            high = min(low + _BLOCK, -(-stop // CHUNK) * CHUNK)
+            high = min(low + _BLOCK, -(-stop // CHUNK_BYTES) * CHUNK_BYTES)
             spans = [
                 span
                 for span in self._spans(max(low, start), min(high, stop))
@@ -216,7 +194,7 @@ class ImagePlan:
             # A signed word with its top bit turned is w - 2^31; the rest is added by a constant.
             turned = torch.bitwise_xor(words, -(2**31))
             parts = torch.mul(turned, weights).sum(dim=1).add_(total)
-            waiting.append((low // CHUNK, (high - low) // CHUNK, parts))
+            waiting.append((low // CHUNK_BYTES, (high - low) // CHUNK_BYTES, parts))
         return waiting
 
     def _block(self, device: torch.device, spans: list[_Span], low: int, nbytes: int) -> Tensor:
@@ -243,16 +221,6 @@ def warm(device: torch.device) -> None:
             torch.zeros(100, dtype=torch.uint8, device=device),
         ]
     ).hashes()
-
-
-def _pieces(place: int, size: int) -> Iterator[tuple[int, int, int, int]]:
-    """A span cut at the chunks' borders: (chunk, first word, offset in the span, bytes)."""
-    offset = 0
-    while offset < size:
-        chunk, inside = divmod(place + offset, CHUNK)
-        part = min(size - offset, CHUNK - inside)
-        yield chunk, inside // 4, offset, part
-        offset += part
 
 
 def _write_host(work: Sequence[tuple[int, int, int]]) -> Pieces:
@@ -304,7 +272,7 @@ def _collect(waiting: Iterable[tuple[int, int, Tensor]]) -> Pieces:
     pieces: Pieces = []
     for first, count, parts in waiting:
         values = parts.tolist()
-        pieces += [(first + n, values[n] & _MASK) for n in range(count)]
+        pieces += [(first + n, values[n] & MASK) for n in range(count)]
     return pieces
 
 
@@ -322,7 +290,7 @@ def _weights(device: torch.device) -> tuple[Tensor, int]:
     if found is None:
         index = torch.arange(1, _WORDS + 1, dtype=torch.int64, device=device)
         weights = (index * (0x9E3779B97F4A7C15 - 2**64)) | 1
-        total = (int(weights.sum().item()) << 31) & _MASK
+        total = (int(weights.sum().item()) << 31) & MASK
         found = (weights, total - 2**64 if total >= 2**63 else total)
         _weights_of[device] = found
     return found

@@ -70,6 +70,34 @@ def restore_generator(generator: torch.Generator, state: str) -> None:
     generator.set_state(_tensor(state))
 
 
+def generator_state(value: object) -> Any:
+    """The state, as a tree, of a generator of torch's, numpy's or Python's; None for others."""
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, torch.Generator):
+        return [value.device.type, capture_generator(value)]
+    if type(value) is random.Random:
+        return ["python", tree.encode(value.getstate(), "generator", None)]
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return ["numpy", tree.encode(value.bit_generator.state, "generator", None)]
+    if numpy is not None and isinstance(value, numpy.random.RandomState):
+        return ["numpy", tree.encode(value.get_state(legacy=False), "generator", None)]
+    return None
+
+
+def restore_generator_of(value: Any, body: Any) -> None:
+    """What ``generator_state`` gave, back into such a generator."""
+    kind, state = body
+    if isinstance(value, torch.Generator):
+        if kind == value.device.type:  # another type's numbers cannot be continued
+            restore_generator(value, state)
+    elif isinstance(value, random.Random):
+        value.setstate(tree.decode(state, {}))
+    elif hasattr(value, "bit_generator"):
+        value.bit_generator.state = tree.decode(state, {})
+    else:
+        value.set_state(tree.decode(state, {}))
+
+
 def _bytes(state: torch.Tensor) -> bytes:
     return state.numpy().tobytes() if "numpy" in sys.modules else bytes(state.tolist())
 

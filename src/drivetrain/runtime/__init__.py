@@ -1,5 +1,6 @@
 """Jobs across processes: workers, replicas, moves and failover."""
 
-from drivetrain.runtime.runtime import Job, Runtime
+from drivetrain.runtime.job import Job
+from drivetrain.runtime.runtime import Runtime
 
 __all__ = ["Job", "Runtime"]

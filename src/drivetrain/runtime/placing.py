@@ -242,6 +242,11 @@ class Placer:
             with contextlib.suppress(DrivetrainError):
                 self._database.release(lease)
 
+    def remember_choice(self, job: str, placement: dict[str, Any]) -> None:
+        """Keep a placement among the past ones; the journal is the authority."""
+        with contextlib.suppress(DrivetrainError):
+            self._database.add_placement(job, placement)
+
     def remember(self, device: Device | None, page: StatusPage) -> None:
         """Keep what this run showed, for the next placement of the script."""
         if device is None or not page.median_ns:

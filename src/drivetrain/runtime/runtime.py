@@ -5,215 +5,37 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import select
 import shutil
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from drivetrain import hal
 from drivetrain.errors import (
     BadInput,
-    DiskFull,
     DrivetrainError,
     JobError,
     PlacementError,
     StoreError,
 )
 from drivetrain.hal.device import Device
-from drivetrain.migration.checkpoint import newest_valid, verify
-from drivetrain.migration.moves import check_strategy
+from drivetrain.migration.checkpoint import newest_valid
+from drivetrain.migration.loaded import verify
 from drivetrain.runtime import jobs
-from drivetrain.runtime.channel import (
-    Channel,
-    ChannelClosed,
-    Listener,
-    Message,
-    ProtocolError,
-    sweep_sockets,
-)
-from drivetrain.runtime.commands import Command
+from drivetrain.runtime.door import Door
 from drivetrain.runtime.environments import interpreter
 from drivetrain.runtime.hosted import HostedJob
+from drivetrain.runtime.job import Job
 from drivetrain.runtime.placing import Placer
 from drivetrain.runtime.process import check_environment
 from drivetrain.runtime.supervisor import Supervisor
+from drivetrain.runtime.view import JobView
 from drivetrain.store.crash import crash_point
 from drivetrain.store.database import Database
 from drivetrain.store.home import home, socket_path
 from drivetrain.store.journal import Journal, JournalConflict
 from drivetrain.store.process import ProcessId
-
-_CLIENT_LIMIT = 64
-_LONGEST_S = 1e9
-
-
-class Job:
-    """A running or ended workload. Made by ``Runtime.submit`` and ``Runtime.resume``."""
-
-    def __init__(self, runtime: Runtime, supervisor: Supervisor) -> None:
-        self.id = supervisor.hosted.job_id
-        self.directory = supervisor.hosted.directory
-        self._runtime = runtime
-        self._supervisor = supervisor
-        self._events: deque[dict[str, Any]] = deque(maxlen=10000)
-        self._changed = threading.Condition()
-
-    @property
-    def state(self) -> str:
-        """One of starting, running, paused, moving, recovering, done, failed, stopped, lost."""
-        return self._supervisor.hosted.view.state
-
-    @property
-    def step(self) -> int:
-        """Number of completed steps."""
-        return self._supervisor.hosted.page.step
-
-    @property
-    def device(self) -> str:
-        """Address of the device that the job's owner runs on."""
-        return self._supervisor.hosted.view.device
-
-    @property
-    def first_step_end_ns(self) -> int:
-        """When the present copy completed its first step, on CLOCK_MONOTONIC."""
-        return self._supervisor.hosted.page.first_step_end_ns
-
-    @property
-    def exit_code(self) -> int | None:
-        """The script's exit code once ended; 1 when the runtime gave the job up."""
-        ending = self._supervisor.hosted.view.exit
-        return None if ending is None else int(ending["code"])
-
-    def migrate(
-        self,
-        to: str,
-        strategy: str = "immediate",
-        *,
-        max_downtime: float | None = None,
-        warm: str = "step",
-        reason: str = "",
-        on_phase: Callable[[str, dict[str, Any]], None] | None = None,
-    ) -> dict[str, Any]:
-        """Move the job to another device; the move's report.
-
-        ``max_downtime`` in seconds refuses a move predicted to take longer. Raises BadInput for
-        what cannot be meant, MigrationError when the move failed (the job then goes on where it
-        was).
-        """
-        check_strategy(strategy)
-        hal.device(to)
-        body = {
-            "to": to,
-            "strategy": strategy,
-            "max_downtime": max_downtime,
-            "warm": warm,
-            "reason": reason,
-        }
-        return self._do("migrate", body, on_phase)
-
-    def pause(
-        self,
-        *,
-        release: bool = False,
-        to_disk: bool = False,
-        reason: str = "",
-        limit_s: float = 600.0,
-    ) -> dict[str, Any]:
-        """Stop at the next step boundary; with ``release`` give the device back too."""
-        body = {
-            "release": release or to_disk,
-            "to_disk": to_disk,
-            "reason": reason,
-            "limit_s": limit_s,
-        }
-        return self._do("pause", body)
-
-    def resume(self, on: str = "", *, reason: str = "") -> dict[str, Any]:
-        """Go on after a pause; after a released one on any device."""
-        return self._do("resume", {"on": on, "reason": reason})
-
-    def checkpoint(self) -> dict[str, Any]:
-        """Write a durable checkpoint at the next step boundary; its path, step and hash."""
-        return self._do("checkpoint", {})
-
-    def stop(
-        self, *, reason: str = "", interrupt: bool = False, grace_s: float = 5.0
-    ) -> dict[str, Any]:
-        """End the job at its next step boundary (with ``interrupt`` at once)."""
-        return self._do("stop", {"reason": reason, "interrupt": interrupt, "grace_s": grace_s})
-
-    def leave(self) -> None:
-        """Stop hosting the job here without ending it; ``Runtime.resume`` takes it up again.
-
-        A worker that still runs is killed: what it did since the newest checkpoint is repeated.
-        """
-        with contextlib.suppress(BadInput):  # it has ended meanwhile
-            self._do("leave", {})
-        self._supervisor.ended.wait(10.0)
-
-    @property
-    def ended(self) -> bool:
-        """True once this runtime hosts the job no more."""
-        return self._supervisor.ended.is_set()
-
-    @property
-    def exit_code_known(self) -> bool:
-        """True once the job itself has ended, and not only its hosting here."""
-        return self._supervisor.hosted.view.exit is not None
-
-    @property
-    def problem(self) -> str:
-        """Why this runtime could not take the job over; empty when it could."""
-        return self._supervisor.problem
-
-    def wait(self, timeout: float | None = None) -> int | None:
-        """Wait until the job ended; its exit code, or None when ``timeout`` seconds passed."""
-        self._supervisor.ended.wait(timeout)
-        return self.exit_code if self._supervisor.ended.is_set() else None
-
-    def report(self) -> dict[str, Any]:
-        """Everything that ``drivetrain show --json`` prints."""
-        return jobs.load(self.directory).details()
-
-    def events(self, *, follow: bool = True) -> Iterator[dict[str, Any]]:
-        """What happens to the job, from its start; ends with the job unless ``follow`` is false."""
-        seen = 0
-        while True:
-            with self._changed:
-                known = list(self._events)
-                if len(known) <= seen and follow and not self._supervisor.ended.is_set():
-                    self._changed.wait(0.5)
-                    known = list(self._events)
-            yield from known[seen:]
-            seen = len(known)
-            if not follow or (self._supervisor.ended.is_set() and seen >= len(self._events)):
-                return
-
-    def logs(self) -> bytes:
-        """What the job's owner has written to stdout."""
-        path = self.directory / "logs" / "out"
-        return path.read_bytes() if path.exists() else b""
-
-    def _do(
-        self,
-        op: str,
-        body: dict[str, Any],
-        on_phase: Callable[[str, dict[str, Any]], None] | None = None,
-    ) -> dict[str, Any]:
-        command = Command(op, body)
-        if on_phase is not None:
-            command.on_phase = on_phase
-        self._supervisor.submit(command)
-        return command.future.result()
-
-    def _take_event(self, event: dict[str, Any]) -> None:
-        with self._changed:
-            self._events.append(event)
-            self._changed.notify_all()
 
 
 class Runtime:
@@ -229,15 +51,9 @@ class Runtime:
         self.process = ProcessId.of()
         self._jobs: dict[str, Job] = {}
         self._lock = threading.Lock()
-        self._socket = socket_path(f"r-{self.process.pid}-{secrets.token_hex(4)}")
-        sweep_sockets(os.path.dirname(self._socket))
-        jobs.remove_unborn()
-        self._listener = Listener(self._socket)
-        self._clients: list[Channel] = []
         self._closed = False
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self._thread = threading.Thread(target=self._serve, name="drivetrain-runtime", daemon=True)
-        self._thread.start()
+        jobs.remove_unborn()
+        self._door = Door(socket_path(f"r-{self.process.pid}-{secrets.token_hex(4)}"), self._jobs)
 
     def __enter__(self) -> Runtime:
         return self
@@ -350,8 +166,6 @@ class Runtime:
         on: str = "",
         placed: tuple[dict[str, Any], Device] | None = None,
     ) -> Job:
-        from drivetrain.runtime.view import JobView
-
         records = journal.records()
         view = JobView.of(records)
         if view.runtime is not None and view.runtime.alive and view.runtime != self.process:
@@ -361,7 +175,7 @@ class Runtime:
         try:
             journal.append(
                 "runtime",
-                {"process": self.process.to_json(), "socket": self._socket},
+                {"process": self.process.to_json(), "socket": self._door.path},
                 epoch=view.epoch,
                 expect_seq=journal.tail_seq,
             )
@@ -371,11 +185,11 @@ class Runtime:
         box: list[Job] = []
 
         def tell(event: dict[str, Any]) -> None:
-            box[0]._take_event(event)
+            box[0].take_event(event)
 
         hosted = HostedJob(job_id, directory, journal, self.database, tell=tell, placed=placed)
         supervisor = Supervisor(hosted, resume=resume, on=on)
-        job = Job(self, supervisor)
+        job = Job(supervisor)
         box.append(job)
         with self._lock:
             self._jobs[job_id] = job
@@ -392,90 +206,11 @@ class Runtime:
             return
         if stop_jobs:
             for job in list(self._jobs.values()):
-                if not job._supervisor.ended.is_set():
+                if not job.ended:
                     with contextlib.suppress(DrivetrainError):
                         job.stop(reason="the runtime closes")
         self._closed = True
-        os.eventfd_write(self._wake, 1)
-        self._thread.join(5.0)
-        self._listener.close()
-        for client in self._clients:
-            client.close()
-
-    # -- the socket -------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        while not self._closed:
-            sources: list[Any] = [self._listener, self._wake, *self._clients]
-            try:
-                ready = select.select(sources, [], [], 5.0)[0]
-            except (OSError, ValueError):
-                self._clients = [c for c in self._clients if not c.closed]
-                continue
-            if self._listener in ready:
-                channel = self._listener.accept()
-                if channel is not None:
-                    if len(self._clients) >= _CLIENT_LIMIT:
-                        channel.close()
-                    else:
-                        self._clients.append(channel)
-            for client in [c for c in self._clients if c in ready]:
-                try:
-                    for message in client.receive():
-                        message.close_fds()
-                        self._answer(client, message)
-                except (ChannelClosed, ProtocolError) as error:
-                    if isinstance(error, ProtocolError):
-                        with contextlib.suppress(ChannelClosed):
-                            client.send("error", error=str(error), kind="protocol")
-                    client.close()
-                    self._clients.remove(client)
-
-    def _answer(self, client: Channel, message: Message) -> None:
-        """Serve one request of a client; long ones answer from a thread of their own."""
-        number = message.body.get("id", 0)
-        job = self._jobs.get(str(message.body.get("job")))
-
-        def refuse(error: BaseException) -> None:
-            asked_wrong = isinstance(error, (BadInput, DiskFull))
-            asked_wrong = asked_wrong or isinstance(error.__cause__, DiskFull)
-            kind = "input" if asked_wrong else "failed"
-            with contextlib.suppress(ChannelClosed):
-                client.send("error", re=number, error=str(error), kind=kind)
-
-        if message.op == "ping":
-            with contextlib.suppress(ChannelClosed):
-                client.send("pong", re=number, jobs=sorted(self._jobs))
-            return
-        if message.op not in ("migrate", "pause", "resume", "stop", "checkpoint"):
-            refuse(BadInput(f"there is no request {message.op!r}"))
-            return
-        if job is None:
-            refuse(BadInput("this runtime does not host that job"))
-            return
-        try:
-            body = _checked_body(message)
-        except BadInput as error:
-            refuse(error)
-            return
-        command = Command(message.op, body)
-
-        def phase(name: str, facts: dict[str, Any]) -> None:
-            with contextlib.suppress(ChannelClosed):
-                client.send("phase", phase=name, facts=facts)
-
-        command.on_phase = phase
-
-        def finished(future: Future[dict[str, Any]]) -> None:
-            error = future.exception()
-            if error is not None:
-                refuse(error)
-                return
-            with contextlib.suppress(ChannelClosed):
-                client.send("done", re=number, result=future.result())
-
-        command.future.add_done_callback(finished)
-        job._supervisor.submit(command)
+        self._door.close()
 
 
 def _check_resumable(record: jobs.JobRecord) -> None:
@@ -499,38 +234,6 @@ def _check_resumable(record: jobs.JobRecord) -> None:
             f"job {record.id} cannot be resumed: no checkpoint of it is whole ({reasons}). To "
             "begin again from step 0, start the script anew"
         )
-
-
-_FIELDS: dict[str, tuple[type, ...]] = {
-    "to": (str,),
-    "strategy": (str,),
-    "max_downtime": (int, float, type(None)),
-    "warm": (str,),
-    "reason": (str,),
-    "on": (str,),
-    "release": (bool,),
-    "to_disk": (bool,),
-    "limit_s": (int, float),
-    "grace_s": (int, float),
-    "interrupt": (bool,),
-    "uid": (int,),
-}
-
-
-def _checked_body(message: Message) -> dict[str, Any]:
-    body = {}
-    for key, value in message.body.items():
-        if key in ("id", "op", "job"):
-            continue
-        if key not in _FIELDS or not isinstance(value, _FIELDS[key]):
-            raise BadInput(f"the request's field {key!r} is unknown or of the wrong type")
-        if isinstance(value, float) and not 0 <= value < _LONGEST_S:
-            raise BadInput(f"the request's field {key!r} is no duration: {value}")
-        body[key] = value
-    if message.op == "migrate":
-        check_strategy(str(body.get("strategy") or "immediate"))
-        hal.device(str(body.get("to") or "?"))
-    return body
 
 
 def _umask() -> int:

@@ -24,6 +24,7 @@ def place(job: HostedJob, on: str | None = None) -> Device:
     placement, device = job.placed or job.placer.choose(on=on)
     job.placed = None
     job.record("placement", placement)
+    job.placer.remember_choice(job.job_id, placement)
     for warning in placement.get("warnings", ()):
         job.notice(warning)
     job.event("placement", **placement)

@@ -41,6 +41,7 @@ CREATE TABLE leases(id TEXT PRIMARY KEY, device_key TEXT NOT NULL, domain TEXT N
     boot_id TEXT NOT NULL, job TEXT NOT NULL, at REAL NOT NULL);
 CREATE INDEX leases_domain ON leases(domain);
 """
+_KEPT = 20_000  # newest rows of each table of past things
 _LEASE = "id, device_key, domain, nbytes, pid, start_time, boot_id, job, at"
 
 
@@ -342,6 +343,7 @@ class Database:
                 "INSERT INTO history VALUES (?, ?, ?, ?, ?)",
                 (script_key, device_key, step_seconds, memory_bytes, time.time()),
             )
+            _forget_oldest(connection, "history")
 
     def step_seconds(self, script_key: str) -> dict[str, float]:
         """The script's newest known step time on each device key."""
@@ -362,10 +364,12 @@ class Database:
         return int(rows[0][0]) if rows else None
 
     def add_placement(self, job: str, decision: Mapping[str, Any]) -> None:
+        """Remember where a job was put, with the terms and alternatives of the decision."""
         with self._transaction() as connection:
             connection.execute(
                 "INSERT INTO placements VALUES (?, ?, ?)", (job, json.dumps(decision), time.time())
             )
+            _forget_oldest(connection, "placements")
 
     def placements(self, job: str) -> tuple[dict[str, Any], ...]:
         """The job's placement decisions, oldest first."""
@@ -376,6 +380,7 @@ class Database:
         with self._transaction() as connection:
             values = dataclasses.astuple(dataclasses.replace(move, at=move.at or time.time()))
             connection.execute("INSERT INTO moves VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values)
+            _forget_oldest(connection, "moves")
 
     def moves(
         self, *, source: str | None = None, target: str | None = None, limit: int = 100
@@ -394,6 +399,12 @@ class Database:
 def _is_damage(error: sqlite3.DatabaseError) -> bool:
     """SQLITE_CORRUPT or SQLITE_NOTADB, and nothing that passes by itself."""
     return getattr(error, "sqlite_errorcode", 0) & 0xFF in (11, 26)
+
+
+def _forget_oldest(connection: sqlite3.Connection, table: str) -> None:
+    connection.execute(
+        f"DELETE FROM {table} WHERE rowid <= (SELECT max(rowid) FROM {table}) - ?", (_KEPT,)
+    )
 
 
 def _drop_dead(connection: sqlite3.Connection) -> None:

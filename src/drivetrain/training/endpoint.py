@@ -21,11 +21,12 @@ import torch
 
 from drivetrain.errors import DrivetrainError, IntegrityError, MigrationError, Moved
 from drivetrain.hal.drivers import cuda_ipc
-from drivetrain.migration.checkpoint import load as load_checkpoint
-from drivetrain.migration.integrity import combine, state_hash
+from drivetrain.migration.integrity import state_hash
+from drivetrain.migration.loaded import load as load_checkpoint
 from drivetrain.migration.segment import Ring, Slot, newest
 from drivetrain.pytorch import tree as typed
-from drivetrain.pytorch.hashing import CHUNK, ImagePlan, Pieces, warm
+from drivetrain.pytorch.hashing import ImagePlan, Pieces, warm
+from drivetrain.pytorch.image import chunks, combine
 from drivetrain.pytorch.pinned import Pinned
 from drivetrain.pytorch.state import TrainingState
 from drivetrain.runtime.agent import Agent
@@ -178,7 +179,7 @@ class Endpoint:
         now = self._snapshot()
         plan = self.plan()
         buffer = bytearray(plan.nbytes)
-        hashes = [0] * -(-plan.nbytes // CHUNK)
+        hashes = [0] * chunks(plan.nbytes)
         if plan.nbytes:
             combine(hashes, plan.read_into(_address(buffer), 0, plan.nbytes, self._threads))
         digest = state_hash(hashes, now.tree)
@@ -216,7 +217,7 @@ class Endpoint:
     def _pour(self, plan: ImagePlan) -> list[int]:
         ring = self._attached()
         producer = ring.producer
-        hashes = [0] * -(-plan.nbytes // CHUNK)
+        hashes = [0] * chunks(plan.nbytes)
         flying: deque[tuple[Callable[[], Pieces], int]] = deque()
 
         def land() -> None:

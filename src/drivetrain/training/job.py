@@ -7,17 +7,9 @@ move always goes on in another process from the last capture.
 
 from __future__ import annotations
 
-import dis
-import inspect
-import json
-import os
-import resource
-import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
 from typing import Any
 
 import torch
@@ -35,33 +27,17 @@ from drivetrain.pytorch.state import TrainingState
 from drivetrain.runtime import agent as agents
 from drivetrain.runtime.agent import Agent
 from drivetrain.runtime.channel import Message
-from drivetrain.runtime.status import EPOCH, HIGH, STEP, STEP_END
+from drivetrain.runtime.status import EPOCH
+from drivetrain.training.arguments import device_for_this_job, named, once_key, refuse_ranks
 from drivetrain.training.batches import Batches
 from drivetrain.training.endpoint import Endpoint
+from drivetrain.training.leaving import left_on_purpose
 from drivetrain.training.locals import Watcher
+from drivetrain.training.pace import Pace
 from drivetrain.training.replication import Replicator, Snapshot
 from drivetrain.training.step import Step, StepGuard
 
-_RECENT_STEPS = 32
 _WATCHED_STEPS = 64
-# Instructions that drop a loop's iterator: the end of `for`, `break` or `return` in it, `del`.
-_LETS_GO = ("POP_", "END_FOR", "FOR_ITER", "DELETE_", "STORE_", "RETURN_")
-_AT_A_YIELD = ("YIELD_VALUE", "RESUME", "SEND")
-
-
-def device_for_this_job() -> torch.device:
-    """The torch device this process should use: the job's, else the first accelerator, else cpu.
-
-    For code that makes tensors before ``TrainingJob`` exists.
-    """
-    agent = agents.current()
-    if agent is not None:
-        return torch.device(agent.torch_device)
-    if torch.accelerator.is_available():
-        accelerator = torch.accelerator.current_accelerator()
-        if accelerator is not None:
-            return torch.device(accelerator.type, 0)
-    return torch.device("cpu")
 
 
 class TrainingJob:
@@ -110,12 +86,12 @@ class TrainingJob:
                 raise BadInput(f"{name} must be a whole number of at least 1, not {value!r}")
         self._agent = agents.current()
         if self._agent is not None:
-            _refuse_ranks()
+            refuse_ranks()
         self.vars: dict[str, Any] = {}
         self.device = device_for_this_job()
         self._place = place
-        self._models: dict[str, nn.Module] = _named(model, "model")
-        self._optimizers = _named(optimizer, "optimizer")
+        self._models: dict[str, nn.Module] = named(model, "model")
+        self._optimizers = named(optimizer, "optimizer")
         self._extra = dict(extra or {})
         movable = [v for v in self._extra.values() if isinstance(v, nn.Module)]
         for thing in [*self._models.values(), *movable, *self._optimizers.values()]:
@@ -127,8 +103,8 @@ class TrainingJob:
         self._state = TrainingState(
             models=self._models,
             optimizers=self._optimizers,
-            schedulers=_named(scheduler, "scheduler"),
-            scalers=_named(scaler, "scaler"),
+            schedulers=named(scheduler, "scheduler"),
+            scalers=named(scaler, "scaler"),
             extra=self._extra,
             vars=self.vars,
             loader=self._batches,
@@ -137,15 +113,11 @@ class TrainingJob:
         self._guard = StepGuard(list(self._models.values()), self.device)
         self._completed = 0
         self._finished = False
-        self._announced = False
         self._nan_told = self._uncarried_told = False
         self._hold_every = 0  # a rehearsal waits after so many steps, until it is told to go on
         self._held = 0
         self._once: dict[str, Any] = {}
-        self._durations: deque[int] = deque(maxlen=_RECENT_STEPS)
-        self._median_ns = 0
-        self._loop_ns: deque[int] = deque(maxlen=_RECENT_STEPS)
-        self._publish_ns = 0
+        self._pace = Pace()
         self._facts: bytes | None = None
         self._facts_of: list[Spec] | None = None
         self._watcher: Watcher | None = None
@@ -178,7 +150,7 @@ class TrainingJob:
 
     def once(self, fn: Callable[..., Any], *args: Any) -> Any:
         """``fn(*args)`` at most once per job; later calls and copies get its JSON result."""
-        key = _once_key(fn, args)
+        key = once_key(fn, args)
         if self._agent is not None:
             return self._agent.once(key, lambda: fn(*args))
         if key not in self._once:
@@ -232,7 +204,7 @@ class TrainingJob:
         except GeneratorExit:
             # `break` and `return` complete the step; an exception passing through does not.
             left = open_step is not None and open_step.ok and open_step.left
-            if left and open_step is not None and _left_on_purpose(sys._getframe(1)):
+            if left and open_step is not None and left_on_purpose(sys._getframe(1)):
                 self._complete(open_step, began)
             raise
         finally:
@@ -246,7 +218,7 @@ class TrainingJob:
         self._guard.remember(
             gradients=batches.accumulate > 1 and batches.in_epoch % batches.accumulate != 1
         )
-        self._loop_ns.append(time.perf_counter_ns() - started + self._publish_ns)
+        self._pace.opened(time.perf_counter_ns() - started)
         return Step(
             place_batch(batch, self.device) if self._place else batch,
             index=self._completed,
@@ -276,31 +248,10 @@ class TrainingJob:
         if agent is not None and agent.page.words[EPOCH] != agent.epoch:
             raise Moved("another copy owns this job")
         self._completed += 1
-        self._durations.append(ended - began)
-        if self._completed % 8 == 0 or len(self._durations) < 8:
-            self._median_ns = int(statistics.median(self._durations))
+        self._pace.completed(ended - began)
         self._tell_nan(logged)
         if agent is not None:
-            started = time.perf_counter_ns()
-            self._publish(agent, ended, ended - began, logged)
-            self._publish_ns = time.perf_counter_ns() - started
-
-    def _publish(self, agent: Agent, ended: int, took: int, logged: dict[str, Any]) -> None:
-        """The completed step on the status page and in the step log."""
-        page, words = agent.page, agent.page.words
-        if not self._announced:
-            page.first_step_end_ns = ended
-        page.median_ns = self._median_ns
-        words[STEP_END] = ended
-        words[STEP] = self._completed
-        if self._completed > words[HIGH]:
-            words[HIGH] = self._completed
-        agent.log_step(self._completed, ended, took, logged)
-        if not self._announced:
-            self._announced = True
-            agent.state = "running"
-            page.peak_bytes = _peak_bytes(self.device)
-            agent.event("running", step=self._completed, peak=page.peak_bytes)
+            self._pace.publish(agent, self._completed, ended, logged, self.device)
 
     def _tell_nan(self, logged: Mapping[str, Any]) -> None:
         if self._nan_told:
@@ -342,7 +293,7 @@ class TrainingJob:
                 self._uncarried_told = True
                 self._say(f"no replica, and no move, from step {self._completed} on: {error}")
             return
-        replicator.tune(self._median_ns / 1e9, statistics.median(self._loop_ns) / 1e9)
+        replicator.tune(self._pace.median_ns / 1e9, self._pace.loop_s)
         agent.page.replicate_every = replicator.every
 
     def _say(self, text: str) -> None:
@@ -471,62 +422,3 @@ class TrainingJob:
                 self._replicator.close()
             if self._endpoint is not None:
                 self._endpoint.close()
-
-
-def _left_on_purpose(frame: FrameType | None) -> bool:
-    """True when a loop was left by ``break`` or ``return``, not by an exception passing through.
-
-    Its iterator is closed in both cases and not told why, so the instruction at which the loop's
-    frame stands is looked at. A generator between the loop and us (tqdm's) is itself being closed.
-    """
-    while frame is not None:
-        code = frame.f_code
-        name = dis.opname[code.co_code[frame.f_lasti]] if frame.f_lasti >= 0 else ""
-        if code.co_flags & inspect.CO_GENERATOR and name in _AT_A_YIELD:
-            frame = frame.f_back
-            continue
-        return name.startswith(_LETS_GO)
-    return True
-
-
-def _once_key(fn: Callable[..., Any], args: tuple[Any, ...]) -> str:
-    """What tells one thing to do once from another, the same in every copy of the script."""
-    code = getattr(fn, "__code__", None)
-    name = f"{getattr(fn, '__module__', '')}.{getattr(fn, '__qualname__', type(fn).__name__)}"
-    if code is not None:
-        name += f":{code.co_firstlineno}"
-    if args:
-        name += json.dumps(args, default=lambda value: type(value).__name__)
-    return name
-
-
-def _named(value: Any, kind: str) -> dict[str, Any]:
-    """One object or a dict of them, as a dict (the single one is called ``main``)."""
-    if value is None:
-        return {}
-    if isinstance(value, (list, tuple)):
-        raise BadInput(f"pass several {kind}s as a dict of names, not as a {type(value).__name__}")
-    if not isinstance(value, Mapping):
-        return {"main": value}
-    for name in value:
-        if not isinstance(name, str):
-            raise BadInput(f"the {kind} dict has the key {name!r}; name them with text")
-    return dict(value)
-
-
-def _refuse_ranks() -> None:
-    distributed = torch.distributed
-    several = int(os.environ.get("WORLD_SIZE", "1") or 1) > 1
-    if distributed.is_available() and distributed.is_initialized():
-        several = several or distributed.get_world_size() > 1
-    if several:
-        raise JobError(
-            "this script runs with several ranks, which Drivetrain cannot move yet: "
-            "start it as one process"
-        )
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_reserved(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -22,7 +22,7 @@ from typing import Any
 
 from drivetrain import hal
 from drivetrain.errors import BadInput, DrivetrainError
-from drivetrain.migration.checkpoint import load
+from drivetrain.migration.loaded import load
 from drivetrain.runtime import Job, Runtime
 
 _PARTITIONS = "DRIVETRAIN_CPU_PARTITIONS"
@@ -194,7 +194,7 @@ class Rehearsal:
         """Wait until the run waits after more than ``step`` steps; None when it ended first."""
         shown = -1
         while True:
-            over = self.job._supervisor.ended.is_set()
+            over = self.job.ended
             for event in self.events("held"):
                 if event["step"] > step:
                     return int(event["step"])
@@ -215,10 +215,10 @@ class Rehearsal:
 
     def end(self) -> None:
         """End the run if it has not ended by itself."""
-        if not self.job._supervisor.ended.is_set():
+        if not self.job.ended:
             with contextlib.suppress(DrivetrainError):
                 self.job.stop(reason="the rehearsal is over", grace_s=0.5)
-        self.job._supervisor.ended.wait(20.0)
+        self.job.wait(20.0)
 
     def failure(self) -> tuple[int, str] | None:
         """(line of the script, what was raised) of a copy that failed."""

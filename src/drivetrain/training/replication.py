@@ -24,9 +24,10 @@ import torch
 
 from drivetrain.errors import DrivetrainError
 from drivetrain.migration.checkpoint import write as write_checkpoint
-from drivetrain.migration.integrity import combine, state_hash
+from drivetrain.migration.integrity import state_hash
 from drivetrain.migration.segment import Slot, room_bytes
-from drivetrain.pytorch.hashing import CHUNK, ImagePlan
+from drivetrain.pytorch.hashing import ImagePlan
+from drivetrain.pytorch.image import chunks, combine
 from drivetrain.pytorch.pinned import Pinned, beside, mark
 from drivetrain.pytorch.state import Capture, TrainingState
 from drivetrain.runtime.agent import Agent
@@ -122,7 +123,7 @@ class Replicator:
         self._window = tensors[first:]
         self._split = self._plan.offsets[first] if first < len(specs) else self._plan.nbytes
         facts, tree = now.facts, now.tree
-        capacity = 2 * (len(facts) + len(tree)) + _META_SPARE + 32 * (self._plan.nbytes // CHUNK)
+        capacity = 2 * (len(facts) + len(tree)) + _META_SPARE + 32 * (chunks(self._plan.nbytes))
         if self._given and self._adopt(capacity):
             return
         # What the old slots hold counts until the first replica in the new ones is closed.
@@ -214,7 +215,7 @@ class Replicator:
         self._sequence += 1
         slot.begin(self._sequence, step, self._agent.epoch)
         crash_point("replica.begin")
-        hashes = [0] * -(-self._plan.nbytes // CHUNK)
+        hashes = [0] * chunks(self._plan.nbytes)
         combine(hashes, self._plan.read_into(slot.address, 0, self._split))
         boundary = mark(self._state.device)
         versions = [t._version for t in self._window]
@@ -273,8 +274,7 @@ class Replicator:
         """True while this state, and what describes it, fits the slots as they are."""
         if not same_memory(self._plan, list(now.capture.tensors.values())):
             return False
-        chunks = -(-self.nbytes // CHUNK)
-        needed = len(now.facts) + len(now.tree) + _HASH_TEXT * chunks + _META_WORDS
+        needed = len(now.facts) + len(now.tree) + _HASH_TEXT * chunks(self.nbytes) + _META_WORDS
         return all(slot.meta_capacity >= needed for slot in self._slots)
 
     def wait(self) -> None:
