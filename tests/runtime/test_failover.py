@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from drivetrain.migration.segment import Slot, newest_first
 from drivetrain.runtime.process import MARK
 from drivetrain.runtime.status import StatusPage
 from drivetrain.store.database import Database
@@ -71,6 +72,78 @@ def test_a_killed_worker_comes_back_with_all_that_it_started_gone(
     assert hosted.wait() == 0
     assert hosted.result() == unmoved(*args)
     check_steps(step_log(home), repeats=1)
+    home.assert_nothing_left()
+
+
+def lose_worker_with_damage(home: Home, count: int) -> tuple[list[int], dict[str, Any]]:
+    """Flip a byte in the ``count`` newest replicas of the owner, then kill it.
+
+    Gives the steps of the two replicas, newest first, and the failover's report.
+    """
+    pid, _ = owner(home)
+    slots: list[Slot] = []
+
+    def both_count() -> bool:
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.05)
+        os.kill(pid, signal.SIGSTOP)
+        until(stopped, "the owner to stand still")
+        for slot in slots:
+            slot.close()
+        links = Path(f"/proc/{pid}/fd").iterdir()
+        found = [link for link in links if "drivetrain-replica" in os.readlink(link)]
+        # A mapping keeps a second descriptor of its file.
+        slots[:] = [
+            attached(link) for link in {link.stat().st_ino: link for link in found}.values()
+        ]
+        slots[:] = newest_first(slots)
+        return len(slots) == 2
+
+    def stopped() -> bool:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("T")
+
+    def attached(link: Path) -> Slot:
+        fd = os.open(link, os.O_RDWR)
+        try:
+            return Slot.attach(fd)
+        finally:
+            os.close(fd)
+
+    until(both_count, "two whole replicas")
+    steps = [slot.read()[0] for slot in slots]
+    for slot in slots[:count]:
+        image = slot.image()
+        image[len(image) // 2] ^= 1
+    os.kill(pid, signal.SIGKILL)
+    for slot in slots:
+        slot.close()
+    until(lambda: failovers(home), "the failover")
+    return steps, failovers(home)[-1]
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_a_flipped_byte_in_a_replica_is_named_and_the_next_best_is_used(
+    home: Home, unmoved: Unmoved, damaged: int
+) -> None:
+    hosted = home.run(*JOB, "--checkpoint-every", "0.5")
+
+    def saved() -> list[dict[str, Any]]:
+        job = home.job("j")
+        return [] if job is None else job.view.checkpoints
+
+    until(saved, "a checkpoint")
+    steps, report = lose_worker_with_damage(home, damaged)
+    if damaged < 2:
+        assert report["step"] == steps[damaged]
+    else:
+        assert report["step"] in [found["step"] for found in saved()]
+    home.go.touch()
+    assert hosted.wait() == 0
+    assert hosted.result() == unmoved()
+    named = [f"the saved state of step {step} does not match its hash" for step in steps]
+    assert [line in hosted.err for line in named] == [damaged > 0, damaged > 1]
+    assert (f"going on from the replica of step {steps[1]}" in hosted.err) == (damaged == 1)
+    assert ("the replica cannot be used" in hosted.err) == (damaged == 2)
     home.assert_nothing_left()
 
 

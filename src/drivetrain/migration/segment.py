@@ -255,6 +255,10 @@ class Slot:
             raise IntegrityError(f"The replica of step {step} does not match its description")
         return step, epoch, meta
 
+    def spoil(self) -> None:
+        """The replica in it turned out to be damaged: it counts no more."""
+        self._segment.words[_CLOSE] = 0
+
     def touch(self) -> None:
         self._segment.touch()
 
@@ -274,18 +278,21 @@ class Slot:
         self.close()
 
 
-def newest(slots: Iterable[Slot]) -> Slot | None:
-    """The readable slot of the highest epoch, then step, then number; None if none counts."""
-    best: tuple[tuple[int, int, int], Slot] | None = None
+def newest_first(slots: Iterable[Slot]) -> list[Slot]:
+    """The readable slots by epoch, then step, then number, the highest first."""
+    found: list[tuple[tuple[int, int, int], Slot]] = []
     for slot in slots:
         try:
             step, epoch, _ = slot.read()
         except IntegrityError:
             continue
-        key = (epoch, step, slot.sequence)
-        if best is None or key > best[0]:
-            best = (key, slot)
-    return None if best is None else best[1]
+        found.append(((epoch, step, slot.sequence), slot))
+    return [slot for _, slot in sorted(found, key=lambda pair: pair[0], reverse=True)]
+
+
+def newest(slots: Iterable[Slot]) -> Slot | None:
+    """The first of `newest_first`; None if none counts."""
+    return next(iter(newest_first(slots)), None)
 
 
 # -- ring -----------------------------------------------------------------------------------------
@@ -349,6 +356,10 @@ class Ring:
     def abort(self) -> None:
         """Make both sides' waits end in a MigrationError, now and later."""
         self._segment.words[_ABORTED] = 1
+
+    def spoil(self) -> None:
+        """The replica in it turned out to be damaged: it counts no more."""
+        self._segment.words[_CLOSE] = 0
 
     def touch(self) -> None:
         self._segment.touch()

@@ -23,7 +23,7 @@ from drivetrain.errors import DrivetrainError, IntegrityError, MigrationError, M
 from drivetrain.hal.drivers import cuda_ipc
 from drivetrain.migration.integrity import state_hash
 from drivetrain.migration.loaded import load as load_checkpoint
-from drivetrain.migration.segment import Ring, Slot, newest
+from drivetrain.migration.segment import Ring, Slot, newest_first
 from drivetrain.pytorch import tree as typed
 from drivetrain.pytorch.hashing import ImagePlan, Pieces, warm
 from drivetrain.pytorch.image import chunks, combine
@@ -359,16 +359,27 @@ class Endpoint:
         return plan
 
     def _restore_replica(self) -> dict[str, Any]:
+        """The newest replica whose bytes are right, into this copy; a damaged one is named."""
         slots = [Slot.attach(fd) for fd in self.fds]
+        damaged: list[Slot] = []
+        problems: list[str] = []
         try:
-            slot = newest(slots)
-            if slot is None:
-                raise MigrationError("no replica was ever completed")
-            step, _epoch, meta = slot.read()
-            found = json.loads(meta)
-            return self._fill(
-                found["facts"], typed.dumps(found["tree"]), found["hash"], step, slot.image()
-            )
+            for slot in newest_first(slots):
+                try:
+                    step, _epoch, meta = slot.read()
+                    found = json.loads(meta)
+                    facts, tree = found["facts"], typed.dumps(found["tree"])
+                    done = self._fill(facts, tree, found["hash"], step, slot.image())
+                except IntegrityError as error:
+                    damaged.append(slot)
+                    problems.append(str(error))
+                    continue
+                # Only now: had this device spoilt the bytes, the replicas would be sound.
+                for slot_before, problem in zip(damaged, problems, strict=True):
+                    slot_before.spoil()
+                    self.agent.notice(f"{problem}; going on from the replica of step {step}")
+                return done
+            raise MigrationError("; ".join(problems) or "no replica was ever completed")
         finally:
             for slot in slots:
                 slot.close()

@@ -211,7 +211,8 @@ class Replicator:
                 return
         assert self._plan is not None
         self._unpinned.wait()
-        slot = min(self._slots, key=lambda s: s.sequence)
+        # One that does not count goes first, so that the other counts until this one does.
+        slot = min(self._slots, key=lambda s: (s.valid, s.sequence))
         self._sequence += 1
         slot.begin(self._sequence, step, self._agent.epoch)
         crash_point("replica.begin")
