@@ -26,7 +26,7 @@ _ABSENT = ("gradual", "load_balanced")
 _PAUSE_S = 600.0
 _COPY_S = 600.0
 _PREPARE_S = 60.0
-_RING_SLOTS = 8
+_RING_SLOTS = 12
 _SMALL = 32 << 20  # below this the bytes hardly count
 
 

@@ -29,8 +29,9 @@ from drivetrain.store.crash import crash_point
 
 HEADER_BYTES = 4096
 RING_SLOT_BYTES = 8 << 20
-"""Eight such blocks stay in the last cache of a server's processor: what one side wrote, the other
-reads there. In a ring that does not fit there, each byte goes through main memory twice more."""
+"""A dozen such blocks stay in the last cache of a server's processor: what one side wrote, the
+other reads there. Of a ring that does not fit there each byte goes through main memory twice more.
+"""
 _LONGEST_PAUSE_S = 2e-4  # the ring holds a millisecond of a fast link
 _PAGE = 4096
 _SLOT_MAGIC = 0x31544F4C53545244  # "DRTSLOT1"
@@ -396,6 +397,12 @@ class Producer:
         self._ring = ring
         self._acquired = int(ring._segment.words[_PRODUCED])
 
+    @property
+    def ready(self) -> bool:
+        """Whether a slot is free."""
+        words = self._ring._segment.words
+        return self._acquired - words[_CONSUMED] < self._ring.slots
+
     def acquire(self, timeout_s: float) -> int:
         """The address of the next free slot. Raises MigrationError after ``timeout_s``."""
         ring, words, mine = self._ring, self._ring._segment.words, self._acquired
@@ -422,6 +429,11 @@ class Consumer:
         self._acquired = int(ring._segment.words[_CONSUMED])
         self.nbytes = 0
         """Bytes in the slot that was acquired last."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether a slot is filled."""
+        return bool(self._ring._segment.words[_PRODUCED] > self._acquired)
 
     def acquire(self, timeout_s: float) -> int:
         """The address of the next filled slot. Raises MigrationError after ``timeout_s``."""

@@ -11,8 +11,9 @@ import os
 from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from drivetrain.hal import bytes as raw
 
@@ -20,18 +21,38 @@ ONLY_COPY = 2**64 - 1
 MOST_THREADS = 24
 _SHARE = 4  # pieces that one Python thread takes at once
 
+Result = TypeVar("Result")
+
 Piece = tuple[int, int, int, int]
 """(destination, or 0 to hash only; source; bytes; index of the first word in its chunk, or
 ONLY_COPY). A piece that is hashed lies in one chunk."""
 
 
-def begin(pieces: Sequence[Piece], threads: int) -> Callable[[], list[int]]:
-    """Begin to copy or hash; the function that is returned waits for it and returns the hashes,
-    one a piece (0 where only copied). The memory must stay until then."""
+@dataclass(frozen=True)
+class Begun(Generic[Result]):
+    """Work that was begun. Calling it waits, and returns what came of it; once only."""
+
+    finish: Callable[[], Result]
+    is_done: Callable[[], bool]
+
+    def __call__(self) -> Result:
+        return self.finish()
+
+    @property
+    def done(self) -> bool:
+        """Whether the call would not wait."""
+        return self.is_done()
+
+
+def begin(pieces: Sequence[Piece], threads: int) -> Begun[list[int]]:
+    """Begin to copy or hash; the result is the hashes, one a piece (0 where only copied). The
+    memory must stay until then."""
+    if threads >= 8:
+        threads -= 2  # the two processes of a move have a thread each that feeds its crew
     threads = min(threads, MOST_THREADS)
     if threads <= 1 or not pieces:
-        done = _do(pieces)
-        return lambda: done
+        hashes = _do(pieces)
+        return Begun(lambda: hashes, lambda: True)
     crew = _crew(threads, os.getpid())
     if crew is not None:
         job = crew.begin(array("Q", [number for piece in pieces for number in piece]))
@@ -40,10 +61,13 @@ def begin(pieces: Sequence[Piece], threads: int) -> Callable[[], list[int]]:
             found: list[int] | None = job.wait()
             return [0] * len(pieces) if found is None else found
 
-        return wait
+        return Begun(wait, lambda: bool(job.done))
     pool = _pool(threads, os.getpid())
     shares = [pool.submit(_do, pieces[at : at + _SHARE]) for at in range(0, len(pieces), _SHARE)]
-    return lambda: [value for share in shares for value in share.result()]
+    return Begun(
+        lambda: [value for share in shares for value in share.result()],
+        lambda: all(share.done() for share in shares),
+    )
 
 
 def _do(pieces: Sequence[Piece]) -> list[int]:

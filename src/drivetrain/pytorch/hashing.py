@@ -9,25 +9,22 @@ from __future__ import annotations
 import ctypes
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from drivetrain.errors import BadInput
-from drivetrain.hal import bytes as raw
 from drivetrain.hal.bytes import CHUNK_BYTES
+from drivetrain.pytorch import crew
+from drivetrain.pytorch.crew import Begun, Piece
 from drivetrain.pytorch.image import ALIGNMENT, MASK, cut, layout, summed
 
 _WORDS = CHUNK_BYTES // 4
 _BLOCK = 16 * CHUNK_BYTES  # hashed at once on an accelerator
-_SHARE = 4  # chunks that one thread takes at once
-_MOST_THREADS = 24
 
 Pieces = list[tuple[int, int]]  # (index of the chunk, a part of its hash)
-_Work = TypeVar("_Work")
 _Span = tuple[int, int, int, int]  # number of the tensor, offset in it, offset in the image, bytes
 
 
@@ -52,14 +49,19 @@ class ImagePlan:
         """
         return self.begin_read(ptr, start, stop, threads)()
 
-    def begin_read(self, ptr: int, start: int, stop: int, threads: int = 1) -> Callable[[], Pieces]:
+    def begin_read(
+        self, ptr: int, start: int, stop: int, threads: int = 1, *, hash_too: bool = True
+    ) -> Begun[Pieces]:
         """As read_into, but the work is only begun: on an accelerator's current stream, or in other
-        threads where there are several. The function that is returned waits for it."""
-        work: list[tuple[int, int, int, int, int]] = []
+        threads where there are several.
+
+        Without ``hash_too`` the bytes on an accelerator are only copied (see `begin_hashes`)."""
+        work: list[Piece] = []
+        owners: list[int] = []
         spans = list(self._spans(start, stop))
         devices = {self.flats[span[0]].device for span in spans} - {torch.device("cpu")}
         # The hashes first, on a stream of their own: the copies then follow each other closely.
-        hashes = [self._hash_beside(device, start, stop) for device in devices]
+        hashes = [self._hash_beside(device, start, stop) for device in devices if hash_too]
         at = start
         for number, inside, place, size in spans:
             if place > at:
@@ -69,55 +71,51 @@ class ImagePlan:
             if tensor.device.type == "cpu":
                 source = tensor.data_ptr() + inside
                 target = ptr + place - start
-                work += [
-                    (chunk, target + offset, source + offset, part, word)
-                    for chunk, word, offset, part in cut(place, size)
-                ]
+                for chunk, word, offset, part in cut(place, size):
+                    work.append((target + offset, source + offset, part, word))
+                    owners.append(chunk)
             else:
                 host = _host(ptr + place - start, size)
                 host.copy_(tensor[inside : inside + size], non_blocking=True)
         if stop > at:
             ctypes.memset(ptr + at - start, 0, stop - at)
         marks = _marks(devices)
-        copied = _start(_copy_host, work, threads)
+        copied = crew.begin(work, threads)
 
         def finish() -> Pieces:
             for mark in marks:
                 mark.synchronize()
-            return copied() + [piece for collect in hashes for piece in collect()]
+            found = list(zip(owners, copied(), strict=True))
+            return found + [piece for collect in hashes for piece in collect()]
 
-        return finish
+        return Begun(finish, lambda: copied.done and all(mark.query() for mark in marks))
 
     def write_from(self, ptr: int, start: int, stop: int, threads: int = 1) -> None:
         """Copies host memory at ``ptr`` into the image's bytes [start, stop)."""
         self.begin_write(ptr, start, stop, threads)()
 
-    def begin_write(self, ptr: int, start: int, stop: int, threads: int = 1) -> Callable[[], None]:
-        """As write_from, but the work is only begun; the function that is returned waits for it,
-        and ``ptr`` must stay until then."""
-        work: list[tuple[int, int, int]] = []
+    def begin_write(self, ptr: int, start: int, stop: int, threads: int = 1) -> Begun[None]:
+        """As write_from, but the work is only begun; ``ptr`` must stay until it is done."""
+        work: list[Piece] = []
         devices = set()
         for number, inside, place, size in self._spans(start, stop):
             tensor = self.flats[number]
             source = ptr + place - start
             if tensor.device.type == "cpu":
                 target = tensor.data_ptr() + inside
-                work += [
-                    (target + at, source + at, min(CHUNK_BYTES, size - at))
-                    for at in range(0, size, CHUNK_BYTES)
-                ]
+                work.append((target, source, size, crew.ONLY_COPY))
             else:
                 tensor[inside : inside + size].copy_(_host(source, size), non_blocking=True)
                 devices.add(tensor.device)
         marks = _marks(devices)
-        written = _start(_write_host, work, threads)
+        written = crew.begin(work, threads)
 
         def finish() -> None:
             written()
             for mark in marks:
                 mark.synchronize()
 
-        return finish
+        return Begun(finish, lambda: written.done and all(mark.query() for mark in marks))
 
     def hashes(self, threads: int = 1) -> list[int]:
         """The chunk hashes, from the tensors themselves."""
@@ -125,19 +123,28 @@ class ImagePlan:
 
     def hash_range(self, start: int, stop: int, threads: int = 1) -> Pieces:
         """Parts of the hashes of the chunks in [start, stop), from the tensors themselves."""
-        host, devices = [], set()
+        host: list[Piece] = []
+        owners: list[int] = []
+        devices = set()
         for number, inside, place, size in self._spans(start, stop):
             tensor = self.flats[number]
             if tensor.device.type == "cpu":
                 address = tensor.data_ptr() + inside
-                host += [
-                    (chunk, address + offset, part, word)
-                    for chunk, word, offset, part in cut(place, size)
-                ]
+                for chunk, word, offset, part in cut(place, size):
+                    host.append((0, address + offset, part, word))
+                    owners.append(chunk)
             else:
                 devices.add(tensor.device)
         waiting = [found for device in devices for found in self._hash_on(device, start, stop)]
-        return _start(_hash_host, host, threads)() + _collect(waiting)
+        hashed = crew.begin(host, threads)()
+        return list(zip(owners, hashed, strict=True)) + _collect(waiting)
+
+    def begin_hashes(self, start: int, stop: int) -> Callable[[], Pieces]:
+        """Begin to hash what the range has on accelerators, beside what their current streams get
+        next; the function that is returned waits for it."""
+        devices = {self.flats[s[0]].device for s in self._spans(start, stop)}
+        begun = [self._hash_beside(d, start, stop) for d in devices - {torch.device("cpu")}]
+        return lambda: [piece for collect in begun for piece in collect()]
 
     def _spans(self, start: int, stop: int) -> Iterator[_Span]:
         if not 0 <= start <= stop <= self.nbytes or start % ALIGNMENT or stop % ALIGNMENT:
@@ -223,49 +230,14 @@ def warm(device: torch.device) -> None:
     ).hashes()
 
 
-def _write_host(work: Sequence[tuple[int, int, int]]) -> Pieces:
-    for target, source, size in work:
-        raw.copy(target, source, size)
-    return []
-
-
 def _marks(devices: Iterable[torch.device]) -> list[Any]:
     """An event on each device's current stream: done when what was queued until now is."""
     return [torch.get_device_module(d).current_stream(d).record_event() for d in devices]
 
 
-def _hash_host(work: Sequence[tuple[int, int, int, int]]) -> Pieces:
-    return [(chunk, raw.checksum(ptr, size, word)) for chunk, ptr, size, word in work]
-
-
-def _copy_host(work: Sequence[tuple[int, int, int, int, int]]) -> Pieces:
-    return [
-        (chunk, raw.copy_checksum(target, source, size, word))
-        for chunk, target, source, size, word in work
-    ]
-
-
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="drivetrain-copy")
-
-
-def _start(
-    function: Callable[[Sequence[_Work]], Pieces], work: Sequence[_Work], threads: int
-) -> Callable[[], Pieces]:
-    """Begins the work, in threads that stay for the next time (the C calls let go of the GIL);
-    the function that is returned waits for it."""
-    if threads <= 1 or not work:
-        done = function(work)
-        return lambda: done
-    pool = _pool(min(threads, _MOST_THREADS))
-    shares = [pool.submit(function, work[at : at + _SHARE]) for at in range(0, len(work), _SHARE)]
-    return lambda: [piece for share in shares for piece in share.result()]
 
 
 def _collect(waiting: Iterable[tuple[int, int, Tensor]]) -> Pieces:

@@ -25,6 +25,7 @@ from drivetrain.migration.integrity import state_hash
 from drivetrain.migration.loaded import load as load_checkpoint
 from drivetrain.migration.segment import Ring, Slot, newest_first
 from drivetrain.pytorch import tree as typed
+from drivetrain.pytorch.crew import Begun
 from drivetrain.pytorch.hashing import ImagePlan, Pieces, warm
 from drivetrain.pytorch.image import chunks, combine
 from drivetrain.pytorch.pinned import Pinned
@@ -34,6 +35,7 @@ from drivetrain.runtime.channel import Message
 from drivetrain.store.crash import crash_point
 from drivetrain.training.replication import Replicator, Snapshot, same_memory, save_checkpoint
 
+_HASH_BYTES = 128 << 20  # hashed in one go on an accelerator, beside the copies
 _STALL_S = 60.0  # a runtime silent for so long in a pause of its own is taken for dead
 
 
@@ -218,7 +220,9 @@ class Endpoint:
         ring = self._attached()
         producer = ring.producer
         hashes = [0] * chunks(plan.nbytes)
-        flying: deque[tuple[Callable[[], Pieces], int]] = deque()
+        flying: deque[tuple[Begun[Pieces], int]] = deque()
+        hashing: list[Callable[[], Pieces]] = []
+        hashed = 0
 
         def land() -> None:
             finish, nbytes = flying.popleft()
@@ -228,12 +232,20 @@ class Endpoint:
         for start in range(0, plan.nbytes, ring.slot_bytes):
             stop = min(start + ring.slot_bytes, plan.nbytes)
             crash_point("source.sending")
+            if start >= hashed:  # in larger steps than the blocks: each costs many calls
+                hashed = min(start + _HASH_BYTES, plan.nbytes)
+                hashing.append(plan.begin_hashes(start, hashed))
+            while flying and (flying[0][0].done or not producer.ready):
+                land()
             address = producer.acquire(_STALL_S)
-            flying.append((plan.begin_read(address, start, stop, self._threads), stop - start))
+            begun = plan.begin_read(address, start, stop, self._threads, hash_too=False)
+            flying.append((begun, stop - start))
             if len(flying) >= self._depth(ring):
                 land()
         while flying:
             land()
+        for collect in hashing:
+            combine(hashes, collect())
         crash_point("source.sent")
         return hashes
 
@@ -336,18 +348,23 @@ class Endpoint:
             nbytes = plan.nbytes
         ring = self._attached()
         consumer = ring.consumer
-        flying: deque[Callable[[], None]] = deque()
+        flying: deque[Begun[None]] = deque()
+
+        def land() -> None:
+            flying.popleft()()
+            consumer.release()
+
         for start in range(0, nbytes, ring.slot_bytes):
             stop = min(start + ring.slot_bytes, nbytes)
             crash_point("target.receiving")
+            while flying and (flying[0].done or not consumer.ready):
+                land()
             address = consumer.acquire(_STALL_S)
             flying.append(plan.begin_write(address, start, stop, self._threads))
             if len(flying) >= self._depth(ring):
-                flying.popleft()()
-                consumer.release()
+                land()
         while flying:
-            flying.popleft()()
-            consumer.release()
+            land()
 
     def _receiving_plan(self, nbytes: int) -> ImagePlan:
         plan = self.plan()
