@@ -183,7 +183,8 @@ class Backend(Protocol):
         """Wait for all that was queued so far. A failure of that work is raised here."""
 
     def stream_wait(self, stream: int, event: int) -> None:
-        """What is queued on ``stream`` from here on waits for the event as last recorded."""
+        """What is queued on ``stream`` from here on waits for the event as last recorded. With the
+        group ``peer`` the event may be another device's of the same driver."""
 
     def event_create(self, timing: bool) -> int:
         """An event; it counts as done until it is recorded."""

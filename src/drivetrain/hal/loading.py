@@ -17,7 +17,11 @@ _PACKAGE = _drivers.__name__
 ACCELERATORS = ("cuda",)
 """Built-in drivers by preference; outside drivers come after them, the cpu last."""
 
-BUILT_IN = (*ACCELERATORS, "cpu")
+BY_NAME = ("simulated",)
+"""Built-in drivers that are there only for those who name them: never listed among the devices,
+never the default."""
+
+BUILT_IN = (*ACCELERATORS, "cpu", *BY_NAME)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,13 @@ def discovery_limit_s() -> float:
 
 def _surroundings() -> object:
     """What discovery depends on and may change in a process."""
-    names = ("CUDA_VISIBLE_DEVICES", "DRIVETRAIN_CPU_PARTITIONS", "DRIVETRAIN_HOME", _LIMIT)
+    names = (
+        "CUDA_VISIBLE_DEVICES",
+        "DRIVETRAIN_CPU_PARTITIONS",
+        "DRIVETRAIN_HOME",
+        "DRIVETRAIN_SIMULATED",
+        _LIMIT,
+    )
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
     try:
         folder = os.getcwd()
@@ -108,6 +114,7 @@ def _discover() -> _Found:
     infos: dict[str, tuple[DeviceInfo, ...]] = {}
     requests: dict[str, isolated.Request] = {}
     names = [*loading.ACCELERATORS, *(n for n in outside if n not in loading.BUILT_IN), "cpu"]
+    names += loading.BY_NAME
     for name in names:
         state = DriverInfo(name, "usable")
         if name in outside and name not in loading.BUILT_IN:
@@ -198,14 +205,17 @@ def _arranged(states: dict[str, DriverInfo], infos: list[DeviceInfo]) -> _Found:
         addresses = tuple(f"{way.driver}:{way.index}" for way in ranked)
         found = Device(f"{info.driver}:{info.index}", info, info.uuid, addresses)
         routes.append(found)
-        if found.address == addresses[0]:
+        if found.address == addresses[0] and found.driver not in loading.BY_NAME:
             listed.append(found)
     return _Found(MappingProxyType(states), tuple(routes), tuple(listed))
 
 
 def drivers() -> Mapping[str, DriverInfo]:
     """Every driver by name, by preference, with its state. Initialises no vendor's runtime."""
-    return _discovered().drivers
+    found = _discovered().drivers
+    # A driver that is there only by name says nothing about the machine while nobody asks for it.
+    unasked = [n for n in loading.BY_NAME if n in found and found[n].state == "absent"]
+    return MappingProxyType({name: found[name] for name in found if name not in unasked})
 
 
 def devices(
@@ -214,12 +224,18 @@ def devices(
     """The devices, preferred drivers first and the cpu last.
 
     A device that two drivers reach is listed once, under the preferred one; ``all_routes`` lists
-    each way, and so does naming a ``driver``. Raises BadInput for an unknown driver.
+    each way, and so does naming a ``driver``. Simulated devices are listed only under their
+    driver's name. Raises BadInput for an unknown driver.
     """
     found = _discovered()
     if driver is not None and driver not in found.drivers:
         raise BadInput(f"there is no driver {driver!r}; there are {', '.join(found.drivers)}")
-    chosen = found.routes if all_routes or driver is not None else found.listed
+    if driver is not None:
+        chosen = found.routes
+    elif all_routes:
+        chosen = tuple(each for each in found.routes if each.driver not in loading.BY_NAME)
+    else:
+        chosen = found.listed
     return tuple(
         each
         for each in chosen
