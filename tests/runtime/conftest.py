@@ -6,6 +6,7 @@ below. Tests wait for what they need (a step, a state) and never for a time.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ from drivetrain.store.process import ProcessId
 
 SCRIPT = Path(__file__).with_name("training_script.py")
 MAIN = "from drivetrain.cli.main import main; main()"
-LIMIT_S = 60.0
+LIMIT_S = 100.0  # a safety net: less than pytest's own, far more than anything takes
 
 
 def until(true: Callable[[], Any], what: str, limit_s: float = LIMIT_S) -> Any:
@@ -50,6 +51,28 @@ def carrying(mark: bytes) -> list[int]:
         except OSError:
             continue
     return found
+
+
+def replicas_of(pid: int) -> list[Path]:
+    """A descriptor of each replica that a process holds (it may open and close others)."""
+    found: dict[int, Path] = {}
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if "drivetrain-replica" in os.readlink(link):
+                found[link.stat().st_ino] = link
+    return list(found.values())
+
+
+def waiting_target(folder: Path, until_there: Path) -> Path:
+    """The training script, but its second copy does nothing before a file is there."""
+    text = SCRIPT.read_text()
+    path = folder / "waiting_target.py"
+    path.write_text(
+        "import os, time\n"
+        f"while os.environ.get('DRIVETRAIN_ROLE') == 'target' and not os.path.exists("
+        f"{str(until_there)!r}):\n    time.sleep(0.02)\n" + text[text.index("import argparse") :]
+    )
+    return path
 
 
 @dataclass
@@ -177,6 +200,20 @@ class Home:
 
         return int(until(there, f"step {step} of a running job", limit_s))
 
+    def wait_event(self, kind: str, name: str = "", **facts: Any) -> None:
+        """Wait until the job's event log has such an event."""
+
+        def there() -> bool:
+            job = self.job(name)
+            path = None if job is None else job.directory / "logs" / "events.jsonl"
+            if path is None or not path.exists():
+                return False
+            wanted = {"event": kind, **facts}
+            whole = path.read_text().rpartition("\n")[0]
+            return any(wanted.items() <= json.loads(line).items() for line in whole.splitlines())
+
+        until(there, f"the event {kind}")
+
     def wait_state(self, state: str, name: str = "", limit_s: float = LIMIT_S) -> None:
         def there() -> bool:
             job = self.job(name)
@@ -209,8 +246,8 @@ class Home:
         return left
 
     def assert_nothing_left(self) -> None:
-        """Nothing of `left_behind`, at the latest in 10 seconds."""
-        deadline = time.monotonic() + 10.0
+        """Nothing of `left_behind`, once what ends has ended."""
+        deadline = time.monotonic() + 30.0
         while self.left_behind() and time.monotonic() < deadline:
             time.sleep(0.05)
         assert self.left_behind() == []

@@ -13,9 +13,9 @@ import pytest
 
 from drivetrain.store.database import Database
 
-from .conftest import SCRIPT, Home, until
+from .conftest import LIMIT_S, SCRIPT, Home, until
 
-PLAIN = "import time, sys; print('up', flush=True); time.sleep(float(sys.argv[1]))\n"
+HOLDS = "import os, sys, time\nwhile not os.path.exists(sys.argv[1]):\n    time.sleep(0.05)\n"
 
 
 def script(home: Home, text: str) -> Path:
@@ -153,10 +153,10 @@ def test_a_worker_sees_its_own_device_alone(home: Home) -> None:
 
 
 def test_eight_submissions_at_once_never_overcommit(home: Home) -> None:
-    path = script(home, PLAIN)
+    path = script(home, HOLDS)
     facts = json.loads(home.ok("devices", "--json"))["devices"][0]
     each = int(facts["memory_bytes"] * 0.24)
-    line = ["run", "--memory", str(each), str(path), "--", "6"]
+    line = ["run", "--memory", str(each), str(path), "--", str(home.go)]
     code = "from drivetrain.cli.main import main; main()"
     processes = [
         subprocess.Popen(
@@ -173,9 +173,20 @@ def test_eight_submissions_at_once_never_overcommit(home: Home) -> None:
     until(lambda: (home.state / "drivetrain.sqlite").exists(), "the first one's database")
     database = Database(home.state / "drivetrain.sqlite")
     most = 0
-    while any(process.poll() is None for process in processes):
-        most = max(most, sum(lease.nbytes for lease in database.leases()))
+
+    def all_decided() -> bool:
+        """Each of them was refused, or holds its lease until it may end."""
+        nonlocal most
+        held = [lease.nbytes for lease in database.leases()]
+        most = max(most, sum(held))
         assert most <= facts["memory_bytes"]
+        refused = sum(process.poll() is not None for process in processes)
+        return refused + len(held) == len(processes)
+
+    until(all_decided, "eight decisions")
+    home.go.touch()
+    for process in processes:
+        process.wait(LIMIT_S)
     database.close()
     codes = [process.returncode for process in processes]
     told = [process.stderr.read() for process in processes if process.stderr]

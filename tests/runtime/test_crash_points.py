@@ -24,7 +24,7 @@ import pytest
 
 from drivetrain.store.crash import crash_points
 
-from .conftest import Home, Hosted, until
+from .conftest import LIMIT_S, Home, Hosted, until
 
 ANY = ("source", "target", "runtime")
 JOURNAL = ("source", "runtime")
@@ -212,7 +212,7 @@ def journey(home: Home, crash: str) -> Hosted:
         told(home, "before the end")
     home.go.touch()
     for _ in range(4):
-        hosted.process.wait(60)
+        hosted.process.wait(LIMIT_S)
         job = home.job("j")
         if job is not None and job.view.ended:
             return hosted
@@ -227,8 +227,12 @@ def step_log(home: Home) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def check_steps(log: list[dict[str, Any]], *, repeats: int) -> None:
-    """One copy after the other, each step by step, and at most ``repeats`` done again."""
+def check_steps(log: list[dict[str, Any]], *, repeats: int, within_s: float = 60.0) -> None:
+    """One copy after the other, each step by step, and at most ``repeats`` done again.
+
+    The promise is to go on within 10 seconds; the soaks, which have the machine for themselves,
+    hold to it.
+    """
     seen: list[int] = []
     for before, after in pairwise(log):
         if after["copy"] == before["copy"]:
@@ -239,10 +243,12 @@ def check_steps(log: list[dict[str, Any]], *, repeats: int) -> None:
             assert after["copy"] > before["copy"]
             assert before["step"] + 1 - repeats <= after["step"] <= before["step"] + 1
             gap_s = (after["end_ns"] - before["end_ns"]) / 1e9
-            assert gap_s < 10.0, f"resumed after {gap_s:.1f} s"
+            assert gap_s < within_s, f"resumed after {gap_s:.1f} s"
 
 
-def prove(home: Home, crash: str, unmoved: Callable[..., dict[str, Any]]) -> None:
+def prove(
+    home: Home, crash: str, unmoved: Callable[..., dict[str, Any]], *, within_s: float = 60.0
+) -> None:
     hosted = journey(home, crash)
     assert len(fired(home)) == len(crash.split(",")), (crash, fired(home), hosted.err)
     assert home.summary("j")["state"] == "done", hosted.err
@@ -256,7 +262,7 @@ def prove(home: Home, crash: str, unmoved: Callable[..., dict[str, Any]]) -> Non
     # A copy killed after it had printed prints again: its step is not complete without its end.
     assert len(lines) == 1 or "worker.e" in crash
     lossy = any(name in crash for name in TO_CHECKPOINT)
-    check_steps(step_log(home), repeats=320 if lossy else 1)
+    check_steps(step_log(home), repeats=320 if lossy else 1, within_s=within_s)
     told(home, "at the end")
     home.assert_nothing_left()
 
@@ -273,7 +279,7 @@ def test_a_kill_at_a_sampled_point(
 def test_a_kill_at_every_point(
     home: Home, unmoved: Callable[..., dict[str, Any]], crash: str
 ) -> None:
-    prove(home, crash, unmoved)
+    prove(home, crash, unmoved, within_s=10.0)
 
 
 @pytest.mark.soak
@@ -309,7 +315,7 @@ def test_a_large_state_does_not_wait_for_the_dead(
     assert job is not None
     if hosted.process.poll() is not None:
         hosted = home.run("--resume", "j", script=None)
-    home.wait_step(job.step + 1, "j", limit_s=20)
+    home.wait_step(job.step + 1, "j")
     home.go.touch()
     assert hosted.wait(120) == 0
     assert hosted.result() == unmoved(*args[:4])

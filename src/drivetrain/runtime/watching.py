@@ -77,6 +77,7 @@ def _on_event(job: HostedJob, worker: Worker, message: Message) -> None:
         worker.drift = int(body.get("drift", 0))
     elif op == "ready":
         worker.ready = body.get("timings", {})
+        job.event("ready", role=worker.role, device=worker.address)
     elif op == "replica":
         if worker is job.owner or job.owner is None:
             job.keep_replica(message.fds)
