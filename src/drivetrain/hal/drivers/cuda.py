@@ -1,17 +1,25 @@
-"""NVIDIA GPUs, found through NVML. Only the probe initialises CUDA, in a process of its own."""
+"""NVIDIA GPUs, found through NVML. Only the probe, in a process of its own, and `open_device`
+initialise CUDA."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drivetrain.errors import DeviceLost, DriverMissing, HalError, OutOfMemory
-from drivetrain.hal.driver import Capabilities, DeviceInfo, Driver, Isolation, hidden_from_all
+from drivetrain.errors import DeviceLost, DriverMissing, HalError, Timeout
+from drivetrain.hal.driver import (
+    Backend,
+    Capabilities,
+    DeviceInfo,
+    Driver,
+    Isolation,
+    Kind,
+    Way,
+    hidden_from_all,
+)
+from drivetrain.hal.drivers.cuda_visible import Gpu, visible
 from drivetrain.hal.telemetry import Telemetry, nvml
 
 # --- names ---------------------------------------------------------------------------------------
@@ -95,56 +103,6 @@ def absent(root: Path = Path("/")) -> str:
     if library:
         return f"{_LIBRARY} is installed, but there is no NVIDIA device (no /dev/nvidia*)"
     return f"no NVIDIA driver (neither /dev/nvidia* nor {_LIBRARY})"
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as NVML counts it. With MIG on, only its instances can compute."""
-
-    uuid: str
-    mig: tuple[str, ...] = ()
-    mig_on: bool = False
-
-
-def visible(value: str | None, gpus: Sequence[Gpu]) -> list[str]:
-    """The uuids that ``CUDA_VISIBLE_DEVICES=value`` leaves, in its order, as CUDA reads it.
-
-    ``None`` (unset) leaves all. Entries are indices, ``GPU-`` and ``MIG-`` uuids or unique prefixes
-    of them; reading stops at the first entry that names nothing (``-1``, an ambiguous prefix); a
-    repeated entry leaves no device at all. Indices count in PCI order, which is CUDA's own order on
-    machines whose GPUs are alike (else set ``CUDA_DEVICE_ORDER=PCI_BUS_ID``, or name uuids).
-    An entry that names a GPU with MIG on means its first instance.
-    """
-    if value is None:
-        return [u for gpu in gpus for u in (gpu.mig if gpu.mig_on else (gpu.uuid,))]
-    chosen: list[str] = []
-    for entry in value.split(","):
-        uuid = _named(entry.strip(), gpus)
-        if uuid is None:
-            break
-        if uuid in chosen:
-            return []
-        chosen.append(uuid)
-    return chosen
-
-
-def _named(entry: str, gpus: Sequence[Gpu]) -> str | None:
-    def computing(gpu: Gpu) -> str | None:
-        if gpu.mig_on:
-            return gpu.mig[0] if gpu.mig else None
-        return gpu.uuid
-
-    index = re.match(r"\+?(\d+)", entry)
-    if index is not None:
-        number = int(index.group(1))
-        return computing(gpus[number]) if number < len(gpus) else None
-    if entry.startswith("MIG-"):
-        found = [uuid for gpu in gpus for uuid in gpu.mig if uuid.startswith(entry)]
-        return found[0] if len(found) == 1 else None
-    if entry.startswith("GPU-"):
-        named = [gpu for gpu in gpus if gpu.uuid.startswith(entry)]
-        return computing(named[0]) if len(named) == 1 else None
-    return None
 
 
 def discover() -> tuple[DeviceInfo, ...]:
@@ -358,68 +316,46 @@ def isolation(uuid: str, threads: int) -> Isolation:
 
 # --- probe ---------------------------------------------------------------------------------------
 
-_OUT_OF_MEMORY, _UNAVAILABLE = 2, 46
-_PATTERN, _WORDS = 0x5A17C0DE, 1 << 18
+_PATTERN, _BYTES = bytes.fromhex("dec0175a"), 1 << 20
+_PROBE_WAIT_S = 30.0
 
 
 def probe(info: DeviceInfo) -> None:
     """Context, 1 MiB allocated, filled, copied back and compared. Raises HalError."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise DriverMissing(
-            f"libcuda.so.1 cannot be loaded: {error}", code="driver_missing", driver=NAME
-        ) from error
-
-    def call(name: str, *arguments: Any) -> None:
-        result = getattr(cuda, name)(*arguments)
-        if result:
-            raise _failure(cuda, name, result, info)
-
-    call("cuInit", 0)
-    count, device = ctypes.c_int(), ctypes.c_int()
-    call("cuDeviceGetCount", ctypes.byref(count))
-    if count.value < 1:
-        raise HalError(
-            f"CUDA does not see {info.uuid}", code="error", driver=NAME, device=info.uuid
+    backend = open_device(info)
+    stream = backend.stream_create(0)
+    memory = backend.alloc(_BYTES, Kind.DEVICE, stream)
+    backend.fill(memory, _PATTERN, _BYTES // len(_PATTERN), stream)
+    back = ctypes.create_string_buffer(_BYTES)
+    backend.copy(ctypes.addressof(back), memory, _BYTES, Way.DEVICE_TO_HOST, stream, False)
+    backend.free(memory, Kind.DEVICE, stream)
+    if not backend.stream_synchronize(stream, _PROBE_WAIT_S):
+        raise Timeout(
+            f"a fill and a copy of 1 MiB were not done within {_PROBE_WAIT_S:g} s",
+            code="timeout",
+            driver=NAME,
+            op="probe",
+            device=info.uuid,
         )
-    call("cuDeviceGet", ctypes.byref(device), 0)
-    context, memory = ctypes.c_void_p(), ctypes.c_uint64()
-    call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
-    call("cuCtxSetCurrent", context)
-    call("cuMemAlloc_v2", ctypes.byref(memory), ctypes.c_size_t(4 * _WORDS))
-    call("cuMemsetD32_v2", memory, ctypes.c_uint(_PATTERN), ctypes.c_size_t(_WORDS))
-    back = (ctypes.c_uint32 * _WORDS)()
-    call("cuMemcpyDtoH_v2", back, memory, ctypes.c_size_t(4 * _WORDS))
-    if bytes(back) != _PATTERN.to_bytes(4, "little") * _WORDS:
+    if back.raw != _PATTERN * (_BYTES // len(_PATTERN)):
         raise HalError(
             "memory read back from the GPU is not what was written",
             code="wrong",
             driver=NAME,
-            op="cuMemcpyDtoH",
+            op="probe",
             device=info.uuid,
         )
-    call("cuMemFree_v2", memory)
-    call("cuDevicePrimaryCtxRelease_v2", device)
+    backend.close()
 
 
-def _failure(cuda: Any, op: str, result: int, info: DeviceInfo) -> HalError:
-    name, text = ctypes.c_char_p(), ctypes.c_char_p()
-    cuda.cuGetErrorName(result, ctypes.byref(name))
-    cuda.cuGetErrorString(result, ctypes.byref(text))
-    word = (name.value or b"?").decode()
-    message = f"{op} failed: {word} ({(text.value or b'').decode()})"
-    kind: type[HalError] = OutOfMemory if result == _OUT_OF_MEMORY else HalError
-    code = {_OUT_OF_MEMORY: "out_of_memory", _UNAVAILABLE: "busy"}.get(result, "error")
-    return kind(
-        message,
-        code=code,
-        driver=NAME,
-        native=result,
-        native_name=word,
-        op=op,
-        device=info.uuid,
-    )
+# --- open ----------------------------------------------------------------------------------------
+
+
+def open_device(info: DeviceInfo) -> Backend:
+    """The device, open in this process through ``libcuda``. Raises HalError."""
+    from drivetrain.hal.drivers.cuda_backend import CudaBackend
+
+    return CudaBackend(info)
 
 
 DRIVER = Driver(
@@ -429,6 +365,8 @@ DRIVER = Driver(
     discover=discover,
     telemetry=telemetry,
     probe=probe,
+    open=open_device,
+    groups=frozenset({"compute", "graphs", "managed", "peer", "pinned", "timing"}),
     install=(
         "install the NVIDIA driver (Debian: apt install nvidia-driver; Ubuntu: ubuntu-drivers "
         "install); in a container, start it with --gpus all"

@@ -1,0 +1,473 @@
+"""One NVIDIA GPU (or MIG instance), open in this process, through the CUDA driver API."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import uuid as uuids
+from collections.abc import Sequence
+from functools import partial
+
+from drivetrain.errors import CompileError, DriverMissing, HalError, Unsupported
+from drivetrain.hal.driver import Backend, DeviceInfo, FunctionFacts, LaunchAbi, Limits, Target
+from drivetrain.hal.drivers.cuda_api import NAME, Api, Code, Cu, Uuid, load
+from drivetrain.hal.drivers.cuda_context import Context
+from drivetrain.hal.drivers.cuda_graphs import Graphs
+from drivetrain.hal.drivers.cuda_memory import Memory
+
+GROUPS = ("compute", "graphs", "peer", "managed", "pinned", "timing")
+ALIGNMENT = 256
+"""Bytes; what every allocator of the driver keeps to."""
+
+_LOG_BYTES = 16 << 10
+_SHARED_WITHOUT_ASKING = 48 << 10
+_CLOSE_WAIT_S = 5.0
+_ELF, _FATBIN = b"\x7fELF", (0xBA55ED50).to_bytes(4, "little")
+_NOT_TAKEN = frozenset(
+    {
+        Code.ERROR_INVALID_VALUE,
+        Code.ERROR_INVALID_IMAGE,
+        Code.ERROR_NO_BINARY_FOR_GPU,
+        Code.ERROR_INVALID_PTX,
+        Code.ERROR_UNSUPPORTED_PTX_VERSION,
+        Code.ERROR_INVALID_SOURCE,
+    }
+)
+
+
+# -- finding the device ----------------------------------------------------------------------------
+
+
+def initialised(api: Api) -> Api:
+    """The API after ``cuInit``. Raises DriverMissing when it sees no device."""
+    code = api.cuInit(0)
+    if code:
+        name, sentence = api.words(code)
+        kind = DriverMissing if code == Code.ERROR_NO_DEVICE else HalError
+        raise kind(
+            f"cuInit failed: {name} ({sentence})",
+            code="no_device" if code == Code.ERROR_NO_DEVICE else "broken",
+            driver=NAME,
+            native=code,
+            native_name=name,
+            op="cuInit",
+        )
+    return api
+
+
+def device_of(api: Api, info: DeviceInfo) -> int:
+    """CUDA's number, in this process, of the device with this uuid. Raises HalError when CUDA does
+    not see it."""
+    count = ctypes.c_int()
+    code = api.cuDeviceGetCount(ctypes.byref(count))
+    seen: dict[str, int] = {}
+    for index in range(0 if code else count.value):
+        device, raw = ctypes.c_int(), Uuid()
+        if api.cuDeviceGet(ctypes.byref(device), index) or api.cuDeviceGetUuid(
+            ctypes.byref(raw), device.value
+        ):
+            continue
+        seen[str(uuids.UUID(bytes=bytes(raw.bytes)))] = device.value
+    wanted = info.uuid.partition("-")[2].lower()
+    if wanted in seen:
+        return seen[wanted]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # Older drivers write the uuid of a MIG instance otherwise, or tell its GPU's.
+    if info.uuid.startswith("MIG-") and visible == info.uuid and len(seen) == 1:
+        return next(iter(seen.values()))
+    raise HalError(
+        f"CUDA does not see {info.uuid} in this process; it sees "
+        f"{', '.join(sorted(seen)) or 'no device'}"
+        + (f" under CUDA_VISIBLE_DEVICES={visible!r}" if visible is not None else "")
+        + ". It reads that variable once, when it is first used",
+        code="not_visible",
+        driver=NAME,
+        op="open",
+        device=f"{NAME}:{info.index}",
+    )
+
+
+# -- the backend -----------------------------------------------------------------------------------
+
+
+class CudaBackend:
+    """`drivetrain.hal.driver.Backend` over ``libcuda``."""
+
+    def __init__(self, info: DeviceInfo, api: Api | None = None) -> None:
+        api = initialised(load() if api is None else api)
+        self.address = f"{NAME}:{info.index}"
+        self._api = api
+        self._context = context = Context(api, device_of(api, info), self.address)
+        self._lock = threading.Lock()
+        self._events: set[int] = set()
+        self._modules: dict[int, list[int]] = {}
+        self._functions: set[int] = set()
+        try:
+            self._describe()
+            self._memory = memory = Memory(context, pool="pool" not in api.off)
+        except BaseException:
+            context.release()
+            raise
+        self._graphs = graphs = Graphs(context, self._functions, memory.capture_ended)
+        # The parts answer for themselves.
+        self.memory = memory.info
+        self.alloc = memory.alloc
+        self.free = memory.free
+        self.copy = memory.copy
+        self.fill = memory.fill
+        self.register = memory.register
+        self.unregister = memory.unregister
+        self.graph_begin = graphs.begin
+        self.graph_end = graphs.end
+        self.graph_launch = graphs.launch
+        self.graph_destroy = graphs.destroy
+        self.graph_set = graphs.set
+
+    def _describe(self) -> None:
+        api, get = self._api, self._context.attribute
+        off = set(api.off)
+        # Where the host may not touch it while the device works, it is not what ``managed`` means.
+        if not (
+            get(Cu.DEVICE_ATTRIBUTE_MANAGED_MEMORY)
+            and get(Cu.DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS)
+        ):
+            off.add("managed")
+        self.groups = frozenset(GROUPS) - off
+        self.alignment = ALIGNMENT
+        least, greatest = ctypes.c_int(), ctypes.c_int()
+        self._context.call(
+            api.cuCtxGetStreamPriorityRange, ctypes.byref(least), ctypes.byref(greatest)
+        )
+        self._priorities = greatest.value, least.value
+        self.limits = Limits(
+            grid=(
+                get(Cu.DEVICE_ATTRIBUTE_MAX_GRID_DIM_X),
+                get(Cu.DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y),
+                get(Cu.DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z),
+            ),
+            block=(
+                get(Cu.DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X),
+                get(Cu.DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Y),
+                get(Cu.DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Z),
+            ),
+            threads=get(Cu.DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK),
+            shared_bytes=max(
+                get(Cu.DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN),
+                get(Cu.DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK),
+            ),
+        )
+        major = get(Cu.DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)
+        minor = get(Cu.DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)
+        version = api.version()
+        features = ["fp64", "fp16", "subgroups"]
+        if major >= 8:
+            features.append("bf16")
+        self.target = Target(
+            kind="cuda",
+            arch=f"sm_{major}{minor}",
+            features=tuple(features),
+            version=f"{version // 1000}.{version % 1000 // 10}",
+        )
+
+    # -- life ------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        context = self._context
+        if context.closed:
+            return
+        try:
+            # What is left when the work does not end is the driver's, until the process ends.
+            if not context.lost and self.synchronize(_CLOSE_WAIT_S):
+                self._graphs.close()
+                for module in list(self._modules):
+                    self.module_unload(module)
+                self._memory.close()
+                for event in list(self._events):
+                    self.event_destroy(event)
+                for stream in list(context.streams):
+                    self.stream_destroy(stream)
+        finally:
+            context.release()
+
+    def synchronize(self, timeout_s: float) -> bool:
+        context, api = self._context, self._api
+        if context.captures:
+            raise context.error(
+                "capturing", "synchronize", "a stream is being captured; end the capture first"
+            )
+        if "context_event" not in api.off:
+            event = self.event_create(False)
+            try:
+                context.call(api.cuCtxRecordEvent, context.handle, event)
+                return self.event_synchronize(event, timeout_s)
+            finally:
+                if not context.lost:
+                    self.event_destroy(event)
+        # Older drivers can only be waited for in a call without a limit: in a thread of its own.
+        codes: list[int] = []
+        thread = threading.Thread(
+            target=lambda: codes.append(context.code(api.cuCtxSynchronize)), daemon=True
+        )
+        thread.start()
+        thread.join(timeout_s)
+        if codes and codes[0]:
+            raise context.failure("cuCtxSynchronize", codes[0])
+        return bool(codes)
+
+    # -- streams ---------------------------------------------------------------------------------
+
+    def stream_create(self, priority: int) -> int:
+        first, last = self._priorities
+        box = ctypes.c_void_p()
+        self._context.call(
+            self._api.cuStreamCreateWithPriority,
+            ctypes.byref(box),
+            Cu.STREAM_NON_BLOCKING,
+            max(first, min(last, priority)),
+        )
+        stream = int(box.value or 0)
+        self._context.streams.add(stream)
+        return stream
+
+    def stream_destroy(self, stream: int) -> None:
+        self._context.check_capture(stream, "stream_destroy")
+        self._context.streams.discard(stream)
+        self._context.call(self._api.cuStreamDestroy, stream)
+
+    def stream_done(self, stream: int) -> bool:
+        self._context.check_capture(stream, "stream_done")
+        return self._context.ready(self._api.cuStreamQuery, stream)
+
+    def stream_synchronize(self, stream: int, timeout_s: float) -> bool:
+        self._context.check_capture(stream, "stream_synchronize")
+        return self._context.wait_stream(stream, timeout_s)
+
+    def stream_wait(self, stream: int, event: int) -> None:
+        self._context.call(self._api.cuStreamWaitEvent, stream, event, 0)
+
+    # -- events ----------------------------------------------------------------------------------
+
+    def event_create(self, timing: bool) -> int:
+        box = ctypes.c_void_p()
+        flags = Cu.EVENT_DEFAULT if timing else Cu.EVENT_DISABLE_TIMING
+        self._context.call(self._api.cuEventCreate, ctypes.byref(box), flags)
+        event = int(box.value or 0)
+        self._events.add(event)
+        return event
+
+    def event_destroy(self, event: int) -> None:
+        self._events.discard(event)
+        self._context.call(self._api.cuEventDestroy, event)
+
+    def event_record(self, event: int, stream: int) -> None:
+        self._context.call(self._api.cuEventRecord, event, stream)
+
+    def event_done(self, event: int) -> bool:
+        return self._context.ready(self._api.cuEventQuery, event)
+
+    def event_synchronize(self, event: int, timeout_s: float) -> bool:
+        done = partial(self._context.ready, self._api.cuEventQuery, event)
+        return self._context.wait_until(done, timeout_s)
+
+    def event_seconds(self, start: int, end: int) -> float:
+        box = ctypes.c_float()
+        self._context.call(self._api.cuEventElapsedTime, ctypes.byref(box), start, end)
+        return box.value / 1e3
+
+    # -- group compute ---------------------------------------------------------------------------
+
+    def module_load(self, code: bytes, form: str) -> int:
+        context, api = self._context, self._api
+        self._check_code(code, form)
+        image = code if code.endswith(b"\0") else code + b"\0"
+        info, errors = (ctypes.create_string_buffer(_LOG_BYTES) for _ in range(2))
+        options = (ctypes.c_int * 4)(
+            Cu.JIT_INFO_LOG_BUFFER,
+            Cu.JIT_INFO_LOG_BUFFER_SIZE_BYTES,
+            Cu.JIT_ERROR_LOG_BUFFER,
+            Cu.JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
+        )
+        values = (ctypes.c_void_p * 4)(
+            ctypes.addressof(info), _LOG_BYTES, ctypes.addressof(errors), _LOG_BYTES
+        )
+        box = ctypes.c_void_p()
+        result = context.code(
+            api.cuModuleLoadDataEx, ctypes.byref(box), image, len(options), options, values
+        )
+        if result in _NOT_TAKEN:
+            name, sentence = api.words(result)
+            log = "\n".join(
+                part.value.decode(errors="replace").strip() for part in (errors, info)
+            ).strip()
+            raise self._not_taken(
+                f"the driver (CUDA {self.target.version}) does not take this {form} for "
+                f"{self.target.arch}: {name} ({sentence}){chr(10) if log else ''}{log}",
+                log=log,
+                native=result,
+                native_name=name,
+            )
+        if result:
+            raise context.failure(api.cuModuleLoadDataEx.__name__, result)
+        module = int(box.value or 0)
+        self._modules[module] = []
+        return module
+
+    def _check_code(self, code: bytes, form: str) -> None:
+        if form == "ptx":
+            text = code.rstrip(b"\0")
+            if b"\0" in text or b".version" not in text or b".target" not in text:
+                raise self._not_taken("this is no PTX: it has no .version or .target line")
+        elif form == "cubin":
+            if not code.startswith((_ELF, _FATBIN)):
+                raise self._not_taken(
+                    "this is no cubin: it is neither an ELF file nor a fat binary"
+                )
+        else:
+            raise Unsupported(
+                f"a CUDA device takes ptx and cubin, not {form!r}",
+                code="unsupported",
+                driver=NAME,
+                op="module_load",
+                device=self.address,
+            )
+
+    def _not_taken(
+        self, message: str, *, log: str = "", native: int = 0, native_name: str = ""
+    ) -> CompileError:
+        return CompileError(
+            message,
+            log=log or message,
+            code="not_taken",
+            driver=NAME,
+            native=native,
+            native_name=native_name,
+            op="module_load",
+            device=self.address,
+        )
+
+    def module_unload(self, module: int) -> None:
+        for function in self._modules.pop(module, ()):
+            self._functions.discard(function)
+        self._context.call(self._api.cuModuleUnload, module)
+
+    def function(self, module: int, symbol: str) -> int:
+        context, api = self._context, self._api
+        box = ctypes.c_void_p()
+        code = context.code(
+            api.cuModuleGetFunction, ctypes.byref(box), module, symbol.encode() + b"\0"
+        )
+        if code == Code.ERROR_NOT_FOUND:
+            raise context.error("no_such_kernel", "function", f"the module has no {symbol!r}")
+        if code:
+            raise context.failure(api.cuModuleGetFunction.__name__, code, what=symbol)
+        function = int(box.value or 0)
+        # A kernel that is loaded at its first launch would wait for what is running, and break a
+        # capture.
+        if "eager" not in api.off:
+            context.call(api.cuFuncLoad, function)
+        # Allowed once for all launches, also those that do not come through `launch`.
+        most = self.limits.shared_bytes
+        if most > _SHARED_WITHOUT_ASKING:
+            context.call(
+                api.cuFuncSetAttribute,
+                function,
+                Cu.FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                most - self._fact(function, Cu.FUNC_ATTRIBUTE_SHARED_SIZE_BYTES),
+            )
+        self._modules.setdefault(module, []).append(function)
+        self._functions.add(function)
+        return function
+
+    def function_arguments(self, function: int, sizes: Sequence[int]) -> None:
+        """Raises HalError when the kernel has other arguments, where the driver tells them."""
+        if "parameters" in self._api.off:
+            return
+        told: list[int] = []
+        offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+        while len(told) <= len(sizes):
+            code = self._context.code(
+                self._api.cuFuncGetParamInfo,
+                function,
+                len(told),
+                ctypes.byref(offset),
+                ctypes.byref(size),
+            )
+            if code == Code.ERROR_INVALID_VALUE:  # there are no more
+                break
+            if code:
+                return
+            told.append(size.value)
+        given = [abs(size) for size in sizes]
+        if told != given:
+            raise self._context.error(
+                "wrong_arguments",
+                "function_arguments",
+                f"arguments of {given} bytes were given; the kernel begins with {told}",
+            )
+
+    def function_facts(self, function: int) -> FunctionFacts:
+        return FunctionFacts(
+            threads=self._fact(function, Cu.FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK),
+            registers=self._fact(function, Cu.FUNC_ATTRIBUTE_NUM_REGS),
+            shared_bytes=self._fact(function, Cu.FUNC_ATTRIBUTE_SHARED_SIZE_BYTES),
+            local_bytes=self._fact(function, Cu.FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES),
+        )
+
+    def _fact(self, function: int, number: int) -> int:
+        box = ctypes.c_int()
+        self._context.call(self._api.cuFuncGetAttribute, ctypes.byref(box), number, function)
+        return box.value
+
+    def launch(
+        self,
+        function: int,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared: int,
+        stream: int,
+        arguments: int,
+        sizes: Sequence[int],
+    ) -> None:
+        self._context.call(
+            self._api.cuLaunchKernel, function, *grid, *block, shared, stream, arguments, None
+        )
+
+    def launcher(self) -> tuple[int, int]:
+        address = ctypes.cast(self._api.cuLaunchKernel, ctypes.c_void_p).value
+        return LaunchAbi.CUDA, int(address or 0)
+
+    # -- group peer ------------------------------------------------------------------------------
+
+    def peer_enable(self, other: Backend) -> bool:
+        if other is self:
+            return True
+        if not isinstance(other, CudaBackend):
+            return False
+        context, api, far = self._context, self._api, other._context
+        able = ctypes.c_int()
+        context.call(api.cuDeviceCanAccessPeer, ctypes.byref(able), context.device, far.device)
+        if not able.value:
+            return False
+        code = context.code(api.cuCtxEnablePeerAccess, far.handle, 0)
+        if code in (Code.ERROR_PEER_ACCESS_UNSUPPORTED, Code.ERROR_TOO_MANY_PEERS):
+            return False
+        if code not in (Code.SUCCESS, Code.ERROR_PEER_ACCESS_ALREADY_ENABLED):
+            raise context.failure(api.cuCtxEnablePeerAccess.__name__, code, what=other.address)
+        other._memory.share_with(context.device)
+        return True
+
+    def copy_peer(self, dst: int, src: int, nbytes: int, other: Backend, stream: int) -> None:
+        if not isinstance(other, CudaBackend):
+            raise self._context.error(
+                "invalid", "copy_peer", f"{other!r} is no device of this driver"
+            )
+        self._context.call(
+            self._api.cuMemcpyPeerAsync,
+            dst,
+            self._context.handle,
+            src,
+            other._context.handle,
+            nbytes,
+            stream,
+        )

@@ -1,0 +1,207 @@
+"""Work captured from a CUDA stream into a graph, launched again, with changeable kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass
+
+from drivetrain.errors import HalError
+from drivetrain.hal.drivers.cuda_api import Code, Cu, KernelNode1, KernelNode2
+from drivetrain.hal.drivers.cuda_context import Context
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph that can be launched. The template lives on: its nodes are named by it."""
+
+    template: int
+    kernels: tuple[int, ...]
+    """Nodes of the kernels of this backend, in the order noted."""
+
+
+def order(nodes: Sequence[int], edges: Iterable[tuple[int, int]]) -> list[int]:
+    """The nodes so that each comes after all that it depends on, and among those that may come
+    next, the one that stands first in ``nodes``. What one stream noted is a chain, which has one
+    order only."""
+    after: dict[int, list[int]] = {node: [] for node in nodes}
+    missing = dict.fromkeys(nodes, 0)
+    for one, other in edges:
+        after[one].append(other)
+        missing[other] += 1
+    rank = {node: index for index, node in enumerate(nodes)}
+    free = sorted((node for node in nodes if not missing[node]), key=lambda n: -rank[n])
+    found: list[int] = []
+    while free:
+        node = free.pop()
+        found.append(node)
+        for other in after[node]:
+            missing[other] -= 1
+            if not missing[other]:
+                free.append(other)
+                free.sort(key=lambda n: -rank[n])
+    return found
+
+
+class Graphs:
+    """The graphs of one backend.
+
+    Capture is ``RELAXED``: any thread may end it, and what the finaliser of a forgotten buffer
+    asks of the driver meanwhile does not break it.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        functions: Container[int],
+        ended: Callable[[], None],
+    ) -> None:
+        self._context = context
+        self._api = context.api
+        self._functions = functions
+        self._ended = ended
+        self._lock = threading.Lock()
+        self._graphs: dict[int, Captured] = {}
+        symbols = context.api.symbols
+        self._node = (
+            KernelNode2
+            if symbols.get("cuGraphExecKernelNodeSetParams", "").endswith("_v2")
+            else KernelNode1
+        )
+        self._with_flags = symbols.get("cuGraphInstantiate") == "cuGraphInstantiateWithFlags"
+
+    def begin(self, stream: int) -> None:
+        context = self._context
+        context.check_capture(stream, "graph_begin")
+        context.call(self._api.cuStreamBeginCapture, stream, Cu.STREAM_CAPTURE_MODE_RELAXED)
+        context.captures.add(stream)
+
+    def end(self, stream: int) -> int:
+        context, api = self._context, self._api
+        if stream not in context.captures:
+            raise context.error("not_capturing", "graph_end", "no capture was begun on the stream")
+        box = ctypes.c_void_p()
+        try:
+            code = context.code(api.cuStreamEndCapture, stream, ctypes.byref(box))
+        finally:
+            context.captures.discard(stream)
+            if not context.lost:
+                self._ended()
+        template = int(box.value or 0)
+        if code or not template:
+            if template:
+                context.call(api.cuGraphDestroy, template)
+            if code:
+                raise context.failure(
+                    api.cuStreamEndCapture.__name__, code, what="the stream is usable again"
+                )
+            raise context.error("capturing", "graph_end", "the driver made no graph of the capture")
+        try:
+            handle = self._instantiate(template)
+            graph = Captured(template, self._kernels(template))
+        except HalError:
+            if not context.lost:
+                context.call(api.cuGraphDestroy, template)
+            raise
+        with self._lock:
+            self._graphs[handle] = graph
+        return handle
+
+    def _instantiate(self, template: int) -> int:
+        context, api = self._context, self._api
+        box = ctypes.c_void_p()
+        if self._with_flags:
+            context.call(api.cuGraphInstantiate, ctypes.byref(box), template, 0)
+            return int(box.value or 0)
+        log, node = ctypes.create_string_buffer(4096), ctypes.c_void_p()
+        code = context.code(
+            api.cuGraphInstantiate, ctypes.byref(box), template, ctypes.byref(node), log, len(log)
+        )
+        if code:
+            words = log.value.decode(errors="replace").strip()
+            raise context.failure(api.cuGraphInstantiate.__name__, code, what=words)
+        return int(box.value or 0)
+
+    def _kernels(self, template: int) -> tuple[int, ...]:
+        """Launches of kernels that this backend loaded. Others (a library's, on the same stream)
+        are not counted: nobody here knows their arguments."""
+        context, api = self._context, self._api
+        found = []
+        for node in order(self._nodes(template), self._edges(template)):
+            kind = ctypes.c_int()
+            context.call(api.cuGraphNodeGetType, node, ctypes.byref(kind))
+            if kind.value != Cu.GRAPH_NODE_TYPE_KERNEL:
+                continue
+            facts = self._node()
+            code = context.code(api.cuGraphKernelNodeGetParams, node, ctypes.byref(facts))
+            if code == Code.SUCCESS and facts.func in self._functions:
+                found.append(node)
+        return tuple(found)
+
+    def _nodes(self, template: int) -> list[int]:
+        count = ctypes.c_size_t()
+        call, function = self._context.call, self._api.cuGraphGetNodes
+        call(function, template, None, ctypes.byref(count))
+        nodes = (ctypes.c_void_p * count.value)()
+        if count.value:
+            call(function, template, nodes, ctypes.byref(count))
+        return [int(node or 0) for node in nodes]
+
+    def _edges(self, template: int) -> list[tuple[int, int]]:
+        count = ctypes.c_size_t()
+        function = self._api.cuGraphGetEdges
+        code = self._context.code(function, template, None, None, ctypes.byref(count))
+        if code == Code.ERROR_LOSSY_QUERY:  # edges of newer kinds, which only libraries make
+            return []
+        if code:
+            raise self._context.failure(function.__name__, code)
+        if not count.value:
+            return []
+        one, other = (ctypes.c_void_p * count.value)(), (ctypes.c_void_p * count.value)()
+        code = self._context.code(function, template, one, other, ctypes.byref(count))
+        if code == Code.ERROR_LOSSY_QUERY:
+            return []
+        if code:
+            raise self._context.failure(function.__name__, code)
+        return [(int(a or 0), int(b or 0)) for a, b in zip(one, other, strict=True)]
+
+    def launch(self, graph: int, stream: int) -> None:
+        self._context.call(self._api.cuGraphLaunch, graph, stream)
+
+    def destroy(self, graph: int) -> None:
+        with self._lock:
+            captured = self._graphs.pop(graph, None)
+        if captured is None:
+            raise self._context.error("no_such_graph", "graph_destroy", f"no graph {graph:#x}")
+        self._context.call(self._api.cuGraphExecDestroy, graph)
+        self._context.call(self._api.cuGraphDestroy, captured.template)
+
+    def set(
+        self,
+        graph: int,
+        node: int,
+        function: int,
+        grid: tuple[int, int, int],
+        block: tuple[int, int, int],
+        shared: int,
+        arguments: int,
+        sizes: Sequence[int],
+    ) -> None:
+        captured = self._graphs.get(graph)
+        if captured is None or not 0 <= node < len(captured.kernels):
+            count = len(captured.kernels) if captured is not None else 0
+            raise self._context.error(
+                "no_such_node", "graph_set", f"the graph has {count} kernel launches, no {node}"
+            )
+        facts = self._node(function, *grid, *block, shared, arguments or None)
+        self._context.call(
+            self._api.cuGraphExecKernelNodeSetParams,
+            graph,
+            captured.kernels[node],
+            ctypes.byref(facts),
+        )
+
+    def close(self) -> None:
+        for graph in list(self._graphs):
+            self.destroy(graph)
