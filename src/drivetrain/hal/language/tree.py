@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from drivetrain.hal.language.types import BOOL, U32, Pointer, Scalar, Struct, Type
+from drivetrain.hal.language.types import BOOL, U32, Struct, Type
 
 _numbers = itertools.count(1)
 
@@ -156,7 +156,7 @@ class Member(Expr):
 @dataclass(eq=False)
 class Subscript(Expr):
     of: Expr
-    """An array that is an lvalue, or a pointer."""
+    """A pointer; an array is decayed first."""
     index: Expr
 
 
@@ -318,11 +318,7 @@ def root_var(expr: Expr) -> Var | None:
     while True:
         if isinstance(expr, Ref):
             return expr.var
-        if isinstance(expr, Member) or (
-            isinstance(expr, Subscript) and not isinstance(expr.of.type, Pointer)
-        ):
-            expr = expr.of
-        elif isinstance(expr, Decay):
+        if isinstance(expr, Member):
             expr = expr.of
         elif isinstance(expr, Subscript) and isinstance(expr.of, Decay):
             expr = expr.of.of
@@ -335,6 +331,15 @@ def has_effects(expr: Expr) -> bool:
     return any(
         isinstance(part, (Assign, Compound, Step, Call))
         or (isinstance(part, Intrinsic) and part.name.startswith(("atomic", "shfl", "vote")))
+        for part in walk(expr)
+    )
+
+
+def writes(expr: Expr) -> bool:
+    """Whether it changes something itself; what it calls is not looked at."""
+    return any(
+        isinstance(part, (Assign, Compound, Step))
+        or (isinstance(part, Intrinsic) and part.name.startswith("atomic"))
         for part in walk(expr)
     )
 
@@ -354,6 +359,6 @@ __all__ = [
     "AddressOf", "Assign", "Binary", "Block", "Break", "Call", "Case", "Cast", "Comma",
     "Compound", "Cond", "Construct", "Continue", "Decay", "Decl", "Deref", "Do", "Expr",
     "Function", "If", "Index3", "Intrinsic", "Lit", "Loop", "Member", "PointerAdd",
-    "PointerDiff", "Program", "Ref", "Return", "Scalar", "Step", "Stmt", "Subscript", "Switch",
-    "Sync", "Unary", "Var", "has_effects", "parts", "root_var", "truth", "u32", "walk",
+    "PointerDiff", "Program", "Ref", "Return", "Step", "Stmt", "Subscript", "Switch",
+    "Sync", "Unary", "Var", "has_effects", "parts", "root_var", "truth", "u32", "walk", "writes",
 ]  # fmt: skip
