@@ -18,6 +18,7 @@ from typing import Any
 from drivetrain.errors import BadInput, DrivetrainError, IntegrityError, MigrationError
 from drivetrain.migration.endpoint import Cut, Endpoint, Peer
 from drivetrain.migration.integrity import first_difference, state_hash
+from drivetrain.migration.prediction import SMALL, Past, predict, slower_step_s
 from drivetrain.migration.segment import RING_SLOT_BYTES, Ring
 from drivetrain.store.crash import crash_point
 
@@ -27,7 +28,6 @@ _PAUSE_S = 600.0
 _COPY_S = 600.0
 _PREPARE_S = 60.0
 _RING_SLOTS = 12
-_SMALL = 32 << 20  # below this the bytes hardly count
 
 
 def check_strategy(name: str) -> str:
@@ -69,22 +69,6 @@ class MoveReport:
         return found
 
 
-@dataclass(frozen=True)
-class History:
-    """What earlier moves between such devices showed: (bytes, modelled s, real s), oldest first."""
-
-    moves: Sequence[tuple[int, float, float]] = ()
-
-    def correction_s(self, nbytes: int) -> float:
-        """The median of real minus modelled over the last moves of such a size; 0 without any."""
-        alike = [
-            real - modelled
-            for size, modelled, real in self.moves
-            if size <= 4 * nbytes + _SMALL and nbytes <= 4 * size + _SMALL
-        ]
-        return statistics.median(alike[-9:]) if alike else 0.0
-
-
 class Move:
     """One attempt to give a job to ``target``: it commits, or leaves the source alone."""
 
@@ -100,7 +84,7 @@ class Move:
         copy_gbps: float,
         target_step_s: float = 0.0,
         max_downtime_s: float | None = None,
-        history: History = History(),
+        past: Sequence[Past] = (),
         peer: Peer | None = None,
     ) -> None:
         self.report = report
@@ -113,12 +97,13 @@ class Move:
         self._write_s = write_s
         self._copy_gbps = copy_gbps
         self._max_downtime_s = max_downtime_s
-        self._history = history
+        self._past = past
         self._peer = peer
         self._exported: list[Any] = []
         self.modelled_s = self.copied_s = self._passing_s = 0.0
         self._target_step_s = target_step_s
         self._paused = False
+        self._untold: list[str] = []
         self._ring: Ring | None = None
 
     def run(self) -> None:
@@ -131,6 +116,7 @@ class Move:
                 self._undo()
             raise
         finally:
+            self._tell()
             if self._ring is not None:
                 self._ring.close()
             if self._peer is not None:
@@ -202,6 +188,7 @@ class Move:
         source, target, peer = self._source, self._target, self._peer
         sent = source.read(host_only=peer is not None)
         received = target.write(cut, host_only=peer is not None)
+        self._tell()  # while the bytes are on their way
         crash_point("move.copying")
         if peer is None:
             out, arrived = sent.result(_COPY_S), received.result(_COPY_S)
@@ -216,7 +203,7 @@ class Move:
     def explained_s(self) -> float:
         """The model with what the copy really took, where the bytes count: what is left of the
         downtime is the fixed cost that the next prediction learns from."""
-        if self.report.state_bytes < _SMALL:
+        if self.report.state_bytes < SMALL:
             return self.modelled_s
         return self.modelled_s - self._passing_s + self.copied_s
 
@@ -239,15 +226,16 @@ class Move:
     def _predict(self, now: Cut) -> None:
         """Predict the downtime from what was just measured: a rehearsal, one frame, one fsync."""
         source, target = self._source, self._target
-        restore_s = target.restore(now, rehearse=True)
+        # The first one also makes what is missing: the second is what the pause will see.
+        restore_s = min(target.restore(now, rehearse=True) for _ in range(2))
         frame_s = statistics.median([source.ping(), target.ping(), source.ping(), target.ping()])
         passed_s = now.nbytes / (self._copy_gbps * 1e9)
         if self.report.strategy == "checkpointed":
             passed_s += 4 * self._write_s
         self._passing_s = passed_s
-        slower_s = max(0.0, self._target_step_s - now.median_ns / 1e9)
+        slower_s = slower_step_s(self._target_step_s, now.median_ns / 1e9)
         self.modelled_s = now.took_s + restore_s + 6 * frame_s + self._write_s + passed_s + slower_s
-        predicted = max(self.modelled_s + self._history.correction_s(now.nbytes), 1e-3)
+        predicted = predict(now.nbytes, self.modelled_s, passed_s, self._past)
         self.report.predicted_downtime_ms = predicted * 1e3
         if self._max_downtime_s is not None and predicted > self._max_downtime_s:
             raise MigrationError(
@@ -266,6 +254,12 @@ class Move:
             self._peer = None
         else:
             self.report.path = "peer"
+
+    def _tell(self) -> None:
+        """Tell of the phases that began in the pause: then there was no time for it."""
+        for name in self._untold:
+            self._on_phase(name, {})
+        self._untold.clear()
 
     def _undo(self) -> None:
         if self._ring is not None:
@@ -291,7 +285,9 @@ class _Phase:
 
     def __enter__(self) -> None:
         self._began = time.monotonic()
-        self._move._on_phase(self._name, {})
+        self._move._untold.append(self._name)
+        if not self._move._paused:
+            self._move._tell()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         took = (time.monotonic() - self._began) * 1e3

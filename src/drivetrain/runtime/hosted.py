@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -64,18 +65,27 @@ class HostedJob:
         self.stop_asked = False
         self.interruptible = False  # a stop may end what is under way
         self.left = False  # the job goes on without this runtime
+        self._appends: deque[float] = deque(maxlen=9)
         self._tell = tell
 
     # -- the journal ----------------------------------------------------------------------
 
     def record(self, kind: str, data: dict[str, Any], *, epoch: int | None = None) -> None:
         """One more record; the runtime's own copy of the view follows."""
+        began = time.monotonic()
         self.journal.append(kind, data, epoch=self.view.epoch if epoch is None else epoch)
+        self._appends.append(time.monotonic() - began)
         self.catch_up()
+
+    @property
+    def append_s(self) -> float:
+        """What one durable record takes, in seconds: the median of the latest."""
+        return statistics.median(self._appends) if self._appends else 0.0
 
     def catch_up(self) -> None:
         """Read what the journal says now; workers write to it too."""
-        self.view = JobView.of(self.journal.records())
+        for record in self.journal.records()[self.view.seq :]:
+            self.view.take(record)
 
     def write_state(self, state: str, **facts: Any) -> None:
         """Record a state of the job, and tell."""
@@ -109,9 +119,7 @@ class HostedJob:
 
     def _check_nobody_else_acted(self) -> None:
         """Refuse to commit when ownership changed, or was claimed back, behind this runtime."""
-        for record in self.journal.records():
-            if record.seq <= self.baseline:
-                continue
+        for record in self.journal.records()[self.baseline :]:
             claimed = record.kind == "state" and record.data.get("by") == "worker"
             if claimed or record.kind in ("commit", "exit", "released", "runtime"):
                 raise MigrationError(

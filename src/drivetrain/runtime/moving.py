@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ from drivetrain import hal
 from drivetrain.errors import BadInput, DrivetrainError, MigrationError
 from drivetrain.hal.device import Device
 from drivetrain.migration.endpoint import Cut
-from drivetrain.migration.moves import History, Move, MoveReport, check_strategy
+from drivetrain.migration.moves import Move, MoveReport, check_strategy
 from drivetrain.runtime.ending import end_worker
 from drivetrain.runtime.hosted import HostedJob
 from drivetrain.runtime.peer import PeerCopier, reachable
@@ -25,6 +26,7 @@ from drivetrain.store.database import Move as PastMove
 _READY_S = 600.0
 _FIRST_STEP_S = 600.0
 _STOP_S = 5.0
+_UNDISTURBED_S = 1.0
 
 Phase = Callable[[str, dict[str, Any]], None]
 
@@ -80,9 +82,7 @@ def _prepared_move(
     phase: Phase,
     body: dict[str, Any],
 ) -> Move:
-    write_began = time.monotonic()
     job.record("state", {"state": "moving", "to": report.target, "by": "move"})
-    write_s = time.monotonic() - write_began
     limit = body.get("max_downtime")
     dry_ms = float((target.ready or {}).get("dry_ms", 0.0))
 
@@ -98,11 +98,11 @@ def _prepared_move(
         RemoteEndpoint(target, watching),
         commit=commit,
         on_phase=phase,
-        write_s=write_s,
+        write_s=job.append_s,
         copy_gbps=copy_gbps(job.database, *pair),
         target_step_s=dry_ms / 1e3,
         max_downtime_s=None if limit is None else float(limit),
-        history=History(past_moves(job.database, *pair)),
+        past=past_moves(job.database, *pair, job.job_id),
         peer=_peer_copier(job, owner, target, report.strategy),
     )
 
@@ -149,6 +149,9 @@ def _after_commit(
     job.owner = target
     job.device = device
     crash_point("move.switched")
+    with contextlib.suppress(MigrationError):
+        # The source is left alone meanwhile: its end would take time from the target's first step.
+        wait_until(job, target, lambda: job.page.step > cut.step, "complete a step", _UNDISTURBED_S)
     job.write_state("running", on=device.address)
     end_worker(job, owner, grace_s=_STOP_S + 1.0)
     try:

@@ -12,6 +12,7 @@ from drivetrain import hal
 from drivetrain.errors import BadInput, DrivetrainError, PlacementError
 from drivetrain.hal.device import Device
 from drivetrain.hal.probe import probe, verdicts
+from drivetrain.migration.prediction import Past
 from drivetrain.placement import calibration
 from drivetrain.placement.policy import HEADROOM, Candidate, Workload, place
 from drivetrain.runtime.process import Worker
@@ -48,11 +49,17 @@ def copy_gbps(database: Database, source: str, target: str, strategy: str) -> fl
 
 
 def past_moves(
-    database: Database, source: str, target: str, strategy: str
-) -> list[tuple[int, float, float]]:
-    """(bytes, predicted s, real s) of moves between such drivers, oldest first."""
+    database: Database, source: str, target: str, strategy: str, job: str = ""
+) -> list[Past]:
+    """Moves between such drivers, oldest first; those of ``job`` are its own."""
     return [
-        (move.nbytes, move.predicted_s, move.real_s)
+        Past(
+            move.nbytes,
+            move.predicted_s,
+            move.real_s,
+            move.nbytes / move.bandwidth / 1e9 if move.bandwidth else 0.0,
+            move.job == job,
+        )
         for move in reversed(database.moves())
         if move.predicted_s is not None
         and move.real_s is not None

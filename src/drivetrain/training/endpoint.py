@@ -26,6 +26,7 @@ from drivetrain.migration.loaded import load as load_checkpoint
 from drivetrain.migration.segment import Ring, Slot, newest_first
 from drivetrain.pytorch import tree as typed
 from drivetrain.pytorch.crew import Begun
+from drivetrain.pytorch.dense import flat
 from drivetrain.pytorch.hashing import ImagePlan, Pieces, warm
 from drivetrain.pytorch.image import chunks, combine
 from drivetrain.pytorch.pinned import Pinned
@@ -69,11 +70,12 @@ class Endpoint:
         self._preparing: Future[None] | None = None
         agent.on_orphaned = self._abort_ring
 
-    def plan(self) -> ImagePlan:
-        """The image of the state's tensors as they are now."""
-        tensors = list(self.state.tensors().values())
+    def plan(self, now: Snapshot | None = None) -> ImagePlan:
+        """The image of the state's tensors as they are now (in ``now``, if that was just taken)."""
+        found = self.state.tensors() if now is None else now.capture.tensors
+        tensors = list(found.values())
         if self._plan is None or not same_memory(self._plan, tensors):
-            self._plan = ImagePlan(self.state.flats())
+            self._plan = ImagePlan([flat(tensor) for tensor in tensors])
         return self._plan
 
     # -- the owner's side -----------------------------------------------------------------
@@ -114,7 +116,7 @@ class Endpoint:
                 facts=now.facts,
                 tree=now.tree,
                 step=step,
-                nbytes=self.plan().nbytes,
+                nbytes=self.plan(now).nbytes,
                 median_ns=agent.page.median_ns,
                 took_s=time.monotonic() - began,
             )
@@ -165,7 +167,7 @@ class Endpoint:
             step=step,
             facts=self._cut.facts,
             tree=self._cut.tree,
-            nbytes=self.plan().nbytes,
+            nbytes=self.plan(self._cut).nbytes,
             step_end_ns=page.step_end_ns,
             median_ns=page.median_ns,
         )
@@ -213,8 +215,8 @@ class Endpoint:
         began = time.monotonic()
         if host_only:
             self._pour(self._host_plan())
-            return self.plan().hashes(self._threads), time.monotonic() - began
-        return self._pour(self.plan()), time.monotonic() - began
+            return self.plan(self._cut).hashes(self._threads), time.monotonic() - began
+        return self._pour(self.plan(self._cut)), time.monotonic() - began
 
     def _pour(self, plan: ImagePlan) -> list[int]:
         ring = self._attached()

@@ -274,14 +274,15 @@ class TrainingJob:
         agent, replicator = self._agent, self._replicator
         if agent is None or replicator is None or not self._batches.at_cut:
             return
-        if replicator.due(self._completed):
-            self._replicate(agent, replicator)
         if self._hold_every and self._completed - self._held >= self._hold_every:
             self._held = self._completed
             agent.requeue(Message("pause", {"why": "rehearsal"}))
             agent.event("told", kind="held", step=self._completed)
         if agent.attention and self._endpoint is not None:
+            # First, so that a pause for a move does not wait for a replica as well.
             self._endpoint.serve(self._completed)
+        if replicator.due(self._completed):
+            self._replicate(agent, replicator)
 
     def _replicate(self, agent: Agent, replicator: Replicator) -> None:
         """Take a replica. What came to be in the state later and cannot be carried does not end
