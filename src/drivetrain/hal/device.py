@@ -159,10 +159,9 @@ class Device:
         From the device's caching pool, or from ``pool``. The contents are undefined. Raises
         BadInput, Unsupported (a kind that the device lacks) and OutOfMemory.
         """
-        from drivetrain.hal.memory import Buffer
-        from drivetrain.hal.opened import opened
+        from drivetrain.hal.memory import alloc
 
-        return Buffer.of(opened(self), nbytes, kind, stream, pool)
+        return alloc(self, nbytes, stream=stream, kind=kind, pool=pool)
 
     def wrap(
         self, ptr: int, nbytes: int, *, owner: object, kind: MemoryKind = MemoryKind.DEVICE

@@ -41,6 +41,7 @@ __all__ = [
     "GROUPS",
     "OLDEST_API_VERSION",
     "Backend",
+    "Calls",
     "Capabilities",
     "DeviceInfo",
     "Driver",
@@ -126,6 +127,28 @@ class LaunchAbi(IntEnum):
     PLAIN = 2
     """``int launch(void *function, const uint32_t grid[3], const uint32_t block[3], uint32_t
     shared, void *stream, void **arguments)``, 0 for success."""
+    OPENCL = 3
+    """The addresses of ``clEnqueueNDRangeKernel`` and of what sets a kernel's arguments."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Addresses of the C functions that the hot path calls itself; 0 where there is none."""
+
+    abi: LaunchAbi = LaunchAbi.PYTHON
+    launch: int = 0
+    set_value: int = 0
+    """OpenCL: ``clSetKernelArg``."""
+    set_pointer: int = 0
+    """OpenCL: ``clSetKernelArgSVMPointer``."""
+    record: int = 0
+    """``int (void *event, void *stream)``, 0 for success."""
+    context: int = 0
+    """Made current around each call, where the two functions below are given."""
+    get_context: int = 0
+    """``int (void **context)``"""
+    set_context: int = 0
+    """``int (void *context)``"""
 
 
 class Backend(Protocol):
@@ -235,8 +258,9 @@ class Backend(Protocol):
         ``sizes`` are the arguments' bytes, negative for a pointer to memory of the device. All is
         read before the call returns. ``shared`` bytes of dynamic shared memory."""
 
-    def launcher(self) -> tuple[int, int]:
-        """(a `LaunchAbi`, the address of the C function to launch with)."""
+    def calls(self) -> Calls:
+        """What C may call itself, so that a launch costs no Python. When such a call fails, the
+        core does it again through the methods here, which say why."""
 
     # -- group graphs
 

@@ -139,7 +139,7 @@ class Graph:
         """Give back what the driver holds. What was launched still happens."""
         self._closed = True
         handle, self._handle = self._handle, 0
-        if handle:
+        if handle and not self._opened.closed:
             self._opened.backend.graph_destroy(handle)
         self._commands, self._launches, self._buffers, self._kept = [], [], [], []
 

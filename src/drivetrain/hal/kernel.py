@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, HalError
-from drivetrain.hal.memory import Buffer, MemoryKind
+from drivetrain.hal import hot
+from drivetrain.hal.device import Device
+from drivetrain.hal.hot import KernelCore, PlanCore, StreamCore
+from drivetrain.hal.memory import Buffer, MemoryKind, alloc
 
 if TYPE_CHECKING:
-    from drivetrain.hal.device import Device
     from drivetrain.hal.driver import FunctionFacts
     from drivetrain.hal.language.facts import KernelFacts
     from drivetrain.hal.opened import Opened
@@ -67,6 +69,13 @@ F64 = ArgType("f64", 8, "d")
 TYPES: Mapping[str, ArgType] = {
     t.name: t for t in (PTR, I8, I16, I32, I64, U8, U16, U32, U64, F16, BF16, F32, F64)
 }
+
+
+_LETTERS = {
+    "ptr": b"P",
+    **{t.name: t.code.encode() for t in TYPES.values() if len(t.code) == 1 and t is not F16},
+}
+"""What C packs by itself."""
 
 
 def struct_of(nbytes: int) -> ArgType:
@@ -207,8 +216,7 @@ class Launch:
         for index, buffer in self.buffers.items():
             if buffer.closed:
                 raise BadInput(f"{self.kernel.name}, argument {index}: the buffer is closed")
-            if buffer._home is not stream:
-                buffer._note(stream)
+            buffer._note(stream)
 
     def queue(self, handle: int) -> None:
         kernel = self.kernel
@@ -238,17 +246,29 @@ class Launch:
 
     def on(self, stream: Stream) -> None:
         """Queue it on a stream of its device, or note it when that is being captured."""
+        handle = self.check(stream)
+        self.check_buffers(stream)
+        graph = stream._graph
+        if graph is None:
+            self.queue(handle)
+            return
+        noted = self.copy()  # what is noted must not change with a plan
+        if not graph._takes_launch(noted):
+            noted.queue(handle)
+
+    def check(self, stream: Stream) -> int:
+        """The handle of a stream that takes this launch. Raises BadInput."""
+        if not isinstance(stream, StreamCore):
+            raise BadInput(
+                f"{self.kernel.name}: a launch takes a Stream first, not a {type(stream).__name__}"
+            )
         handle = stream._alive("launch")
         if stream._opened is not self.kernel._opened:
             raise BadInput(
                 f"{self.kernel.name} is of {self.kernel.device.address} and the stream of "
                 f"{stream.device.address}"
             )
-        self.check_buffers(stream)
-        graph = stream._graph
-        if graph is not None and graph._takes_launch(self):
-            return
-        self.queue(handle)
+        return handle
 
 
 def _buffer(kernel: Kernel, index: int, value: Any) -> Buffer | None:
@@ -272,28 +292,32 @@ def _buffer(kernel: Kernel, index: int, value: Any) -> Buffer | None:
     return value
 
 
-class Plan:
+class Plan(PlanCore):
     """A launch prepared once: calling it queues it. Made by `Kernel.plan`."""
 
-    __slots__ = ("_launch", "_stream")
+    __slots__ = ()
 
-    def __init__(self, launch: Launch, stream: Stream) -> None:
-        self._launch = launch
-        self._stream = stream
+    if TYPE_CHECKING:
+        _launch: Launch
+        _stream: Stream
 
-    def __call__(self) -> None:
-        if self._stream._graph is not None:  # what is noted must not change with this plan
-            self._launch.copy().on(self._stream)
-        else:
-            self._launch.on(self._stream)
+        def __call__(self) -> None:
+            """Queue the launch. Raises BadInput when one of its buffers was closed meanwhile."""
 
     def set(self, index: int, value: Any) -> None:
         """Change argument ``index`` for the launches to come. Raises BadInput."""
         self._launch.set(index, value)
+        self._uses(tuple(self._launch.buffers.values()))
 
 
-class Kernel:
-    """A kernel of a loaded module. Made by `Module.kernel`."""
+class Kernel(KernelCore):
+    """A kernel of a loaded module. Made by `Module.kernel`.
+
+    ``kernel(stream, grid, block, *arguments, shared=0)`` queues one launch. ``grid`` counts blocks,
+    ``block`` threads, each an int or a tuple of one to three; ``shared`` is bytes of dynamic shared
+    memory. Everything is checked first: BadInput for a wrong number, type or range of arguments, a
+    closed buffer, one of another device.
+    """
 
     def __init__(
         self,
@@ -318,20 +342,35 @@ class Kernel:
             offsets.append(at)
             at += kind.nbytes
         self._offsets, self._room = tuple(offsets), at
+        limits = module._opened.backend.limits
+        threads = facts.threads or limits.threads
+        room = limits.shared_bytes - facts.shared_bytes
+        letters = b"".join(_LETTERS.get(kind.name, b"\0") for kind in arguments)
+        self._bind(
+            module._opened,
+            function,
+            module._opened.calls,
+            (*limits.grid, *limits.block, threads, max(room, 0)),
+            letters,
+            self._sizes,
+        )
 
-    def __call__(
-        self, stream: Stream, grid: Dim, block: Dim, *arguments: Any, shared: int = 0
-    ) -> None:
-        """Queue one launch. ``grid`` counts blocks, ``block`` threads, each an int or a tuple of
-        one to three; ``shared`` is bytes of dynamic shared memory. Everything is checked first:
-        BadInput for a wrong number, type or range, a closed buffer, one of another device."""
-        Launch(self, grid, block, shared, arguments).on(stream)
+    if TYPE_CHECKING:
+
+        def __call__(
+            self, stream: Stream, grid: Dim, block: Dim, *arguments: Any, shared: int = 0
+        ) -> None: ...
 
     def plan(self, stream: Stream, grid: Dim, block: Dim, *arguments: Any, shared: int = 0) -> Plan:
         """The same launch, prepared to be repeated."""
         launch = Launch(self, grid, block, shared, arguments)
+        launch.check(stream)
         launch.check_buffers(stream)
-        return Plan(launch, stream)
+        made: Plan = Plan(
+            launch, stream, self, launch.arguments, launch.grid, launch.block, launch.shared
+        )
+        made._uses(tuple(launch.buffers.values()))
+        return made
 
     def __repr__(self) -> str:
         return f"<Kernel {self.name}{self.arguments} on {self.device.address}>"
@@ -402,7 +441,7 @@ class Module:
 
     def __del__(self) -> None:
         handle, self._handle = getattr(self, "_handle", 0), 0
-        if handle:
+        if handle and not self._opened.closed:
             try:
                 self._opened.backend.module_unload(handle)
             except Exception:
@@ -416,3 +455,14 @@ def compiled(opened: Opened, source: Any, options: Sequence[str]) -> Module:
     opened.require("compute", "compile")
     result = compile_source(source, opened.backend.target, options=tuple(options))
     return Module(opened, opened.backend.module_load(result.code, result.form), result.kernels)
+
+
+def _launch(
+    kernel: Kernel, stream: Stream, grid: Dim, block: Dim, *arguments: Any, shared: int = 0
+) -> None:
+    """A kernel's call when it is not the usual case."""
+    Launch(kernel, grid, block, shared, arguments).on(stream)
+
+
+hot.bind(Buffer, MemoryKind.DEVICE, alloc, _launch)
+Device.alloc = hot.alloc_method  # type: ignore[assignment]  # the same, past Python where it can

@@ -6,8 +6,10 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, HalError
+from drivetrain.hal.hot import BufferCore
 from drivetrain.hal.kinds import Kind as MemoryKind
 from drivetrain.hal.kinds import MemoryInfo, Way
+from drivetrain.hal.pool import Pool
 from drivetrain.hal.stream import check_capturing
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ __all__ = ["Buffer", "MemoryInfo", "MemoryKind"]
 _MOST_BYTES = 1 << 48
 
 
-class Buffer:
+class Buffer(BufferCore):
     """Bytes of one device, at ``ptr``. Made by ``Device.alloc`` and ``Device.wrap``.
 
     A buffer belongs to the stream that it was allocated on: closing it gives its memory back in
@@ -29,19 +31,19 @@ class Buffer:
     was named by `used_by`. A forgotten buffer is closed by its finaliser.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_home",
-        "_opened",
-        "_resource",
-        "_root",
-        "_users",
-        "_waits",
-        "device",
-        "kind",
-        "nbytes",
-        "ptr",
-    )
+    __slots__ = ()
+
+    if TYPE_CHECKING:  # they are in the core, in C or its twin
+        _opened: Opened
+        device: Device
+        ptr: int
+        nbytes: int
+        kind: MemoryKind
+        _resource: MemoryResource | None
+        _home: Stream | None
+        _root: object
+        _users: set[Stream] | None
+        _waits: list[Event] | None
 
     def __init__(
         self,
@@ -55,16 +57,13 @@ class Buffer:
         root: object = None,
     ) -> None:
         self._opened = opened
-        self.device: Device = opened.device
+        self.device = opened.device
         self.ptr = ptr
-        """The address on the device; 0 once the buffer is closed."""
         self.nbytes = nbytes
         self.kind = kind
         self._resource = resource
         self._home = home
         self._root = root
-        self._users: set[Stream] | None = None
-        self._waits: list[Event] | None = None
 
     @classmethod
     def of(
@@ -89,41 +88,30 @@ class Buffer:
                 f"{opened.device.address}"
             )
         ptr = resource.allocate(nbytes, stream.handle)
+        if pool is None and kind is MemoryKind.DEVICE and stream._lists is None:
+            assert isinstance(resource, Pool)
+            stream._pool, stream._lists = resource, resource.lists  # from here on C finds them
         return cls(opened, ptr, nbytes, kind, resource=resource, home=stream)
 
     # -- life --------------------------------------------------------------------------------
 
-    @property
-    def closed(self) -> bool:
-        root = self._root
-        return self.ptr == 0 or (isinstance(root, Buffer) and root.closed)
-
-    def close(self, stream: Stream | None = None) -> None:
-        """Give the memory back, after the work queued so far on the buffer's stream, on
-        ``stream`` and on every stream that used it. Closing twice does nothing."""
-        ptr, self.ptr = self.ptr, 0
-        if not ptr:
-            return
-        resource, self._resource = self._resource, None
-        self._root = None
-        if resource is None:
-            return
-        if stream is not None:
+    def _close(self, stream: Stream | None = None) -> None:
+        """`close` when it is not the usual case."""
+        ptr = self.ptr
+        if stream is not None and ptr and self._resource is not None:
             _same_device(self._opened, stream, "close")
             self._note(stream)
+        self.ptr = 0
+        resource, self._resource = self._resource, None
+        self._root = None
+        if not ptr or resource is None or self._opened.closed:
+            return
         home = self._home
         assert home is not None
         handle, waits = home._give_back(self._users)
         for event in self._waits or ():
             event.synchronize()
         resource.deallocate(ptr, self.nbytes, handle, waits)
-
-    def __del__(self) -> None:
-        if getattr(self, "ptr", 0) and getattr(self, "_resource", None) is not None:
-            try:
-                self.close()
-            except Exception:
-                pass  # The device is closed or lost: there is nobody left to give it back to.
 
     def __enter__(self) -> Buffer:
         return self
@@ -149,12 +137,13 @@ class Buffer:
         root = self._root
         if isinstance(root, Buffer):
             root._note(stream)
+            self._last_user(stream)
             return
-        if stream is self._home:
-            return
-        if self._users is None:
-            self._users = set()
-        self._users.add(stream)
+        if stream is not self._home:
+            if self._users is None:
+                self._users = set()
+            self._users.add(stream)
+        self._last_user(stream)
 
     def _note_event(self, event: Event) -> None:
         """Another device reads or writes the memory until ``event``."""
@@ -289,6 +278,20 @@ class Buffer:
 
         self._alive("__dlpack__")
         return dlpack.export(self, (self.nbytes,), (1,), "uint8", stream=stream, **options)
+
+
+def alloc(
+    device: Device,
+    nbytes: int,
+    *,
+    stream: Stream,
+    kind: MemoryKind = MemoryKind.DEVICE,
+    pool: MemoryResource | None = None,
+) -> Buffer:
+    """``Device.alloc`` when it is not the usual case."""
+    from drivetrain.hal.opened import opened
+
+    return Buffer.of(opened(device), nbytes, kind, stream, pool)
 
 
 def _same_device(opened: Opened, stream: Stream, op: str) -> None:

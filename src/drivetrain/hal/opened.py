@@ -43,6 +43,22 @@ def wait_limit_s() -> float:
     return limit
 
 
+def _calls(backend: Backend) -> tuple[int, ...]:
+    if not hasattr(backend, "calls"):
+        return (0,) * 8
+    found = backend.calls()
+    return (
+        int(found.abi),
+        found.launch,
+        found.set_value,
+        found.set_pointer,
+        found.record,
+        found.context,
+        found.get_context,
+        found.set_context,
+    )
+
+
 class KeepsByStream(Protocol):
     """Keeps something for each stream and must hand it on when the stream ends."""
 
@@ -62,8 +78,23 @@ class Opened:
         self._inner: dict[str, Stream] = {}
         self.peers: dict[str, bool] = {}
         """Address of another device -> whether this one reads its memory."""
+        self.calls = _calls(backend)
+        """What C calls directly; see ``hot.h``."""
         self.stagings: dict[Opened, Staging] = {}
+        self.closed = False
+        self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._keepers: weakref.WeakSet[KeepsByStream] = weakref.WeakSet()
+
+    def close(self) -> None:
+        """Close the backend. What was made from it is dead from here on: streams are closed, and
+        buffers have nobody to go back to."""
+        with self.lock:
+            if self.closed:
+                return
+            self.closed = True
+            for stream in list(self.streams):
+                stream.handle = 0
+        self.backend.close()
 
     def require(self, group: str, op: str) -> None:
         """Raises Unsupported when the backend does not declare ``group``."""
@@ -151,6 +182,8 @@ def opened(device: Device) -> Opened:
                 op="open",
                 device=device.address,
             )
+        from drivetrain.hal import kernel  # noqa: F401  (tells C whom to call for the unusual)
+
         driver = loading.load(device.driver)
         if driver.open is None:
             raise Unsupported(
@@ -172,7 +205,7 @@ def close_all() -> None:
         _open.clear()
     for each in left:
         if each.pid == os.getpid():
-            each.backend.close()
+            each.close()
 
 
 def _after_fork() -> None:

@@ -17,6 +17,7 @@ from bisect import bisect_left, insort
 from collections import deque
 
 from drivetrain.errors import BadInput, OutOfMemory
+from drivetrain.hal.hot import FreeLists
 from drivetrain.hal.resource import MemoryResource, Stats
 
 _GRAIN = 512
@@ -25,8 +26,6 @@ _SMALL_SEGMENT = 2 << 20
 _MIDDLE = 10 << 20
 _MIDDLE_SEGMENT = 20 << 20
 _LARGE_GRAIN = 2 << 20
-_MOST_WAITING = 64
-"""Blocks of one size and stream that wait unmerged."""
 _NAMED = 5
 
 
@@ -76,39 +75,36 @@ class Pool:
         self._below = resource
         self._limit = limit
         self._lock = threading.Lock()
-        self._late: deque[tuple[int, int, int, tuple[int, ...]]] = deque()
-        self._waiting: dict[tuple[int, int], list[_Block]] = {}
-        self._used: dict[int, _Block] = {}
+        self.lists = FreeLists()
+        """Blocks that were let go and wait for a request of their size; C takes from them too."""
+        self._late: deque[tuple[int, int, tuple[int, ...]]] = deque()
+        self._used: dict[int, _Block] = {}  # those in the lists too
         self._free: dict[tuple[int, bool], list[_Block]] = {}  # by stream and segment kind, by size
         self._segments: dict[int, _Segment] = {}
-        self._allocated = self._requested = self._reserved = 0
-        self._peaks = [0, 0, 0]
+        self._reserved = self._peak_reserved = 0
         self._retries = self._failures = 0
         self.opened.tell_of_streams(self)
 
     # -- what buffers call ------------------------------------------------------------------
 
     def allocate(self, nbytes: int, stream: int) -> int:
-        size = (max(nbytes, 1) + _GRAIN - 1) // _GRAIN * _GRAIN
+        ptr = self.lists.take(nbytes, stream)
+        if ptr:
+            return ptr
         with self._lock:
-            if self._late:
-                self._take_late()
-            waiting = self._waiting.get((stream, size))
-            block = waiting.pop() if waiting else self._find(size, nbytes, stream)
-            block.free = False
+            self._take_late()
+            block = self._find(rounded(nbytes), nbytes, stream)
             self._used[block.ptr] = block
-            self._allocated += block.nbytes
-            self._requested += nbytes
-            peaks = self._peaks
-            if self._allocated > peaks[0]:
-                peaks[0] = self._allocated
-            if self._requested > peaks[1]:
-                peaks[1] = self._requested
+            self.lists.count(nbytes, True)
             return block.ptr
 
     def deallocate(self, ptr: int, nbytes: int, stream: int, waits: tuple[int, ...]) -> None:
+        if waits:
+            self.lists.count(nbytes, False)
+        elif self.lists.put(ptr, nbytes, stream):
+            return
         # A finaliser may run while this thread is inside the pool: it must not wait for the lock.
-        self._late.append((ptr, nbytes, stream, waits))
+        self._late.append((ptr, stream, waits))
         while self._late and self._lock.acquire(blocking=False):
             try:
                 self._take_late()
@@ -121,19 +117,18 @@ class Pool:
             return self._trim(keep)
 
     def stats(self) -> Stats:
-        with self._lock:
-            self._take_late()
-            return Stats(
-                allocated=self._allocated,
-                requested=self._requested,
-                reserved=self._reserved,
-                peak_allocated=self._peaks[0],
-                peak_requested=self._peaks[1],
-                peak_reserved=self._peaks[2],
-                live=len(self._used),
-                retries=self._retries,
-                failures=self._failures,
-            )
+        live, requested, allocated, peak_requested, peak_allocated, _ = self.lists.counts()
+        return Stats(
+            allocated=allocated,
+            requested=requested,
+            reserved=self._reserved,
+            peak_allocated=peak_allocated,
+            peak_requested=peak_requested,
+            peak_reserved=self._peak_reserved,
+            live=live,
+            retries=self._retries,
+            failures=self._failures,
+        )
 
     def forget_stream(self, stream: int, heir: int) -> None:
         """``stream`` is about to end, and ``heir`` already waits for it: its blocks are heir's."""
@@ -154,30 +149,21 @@ class Pool:
         late = self._late
         while late:
             try:
-                ptr, nbytes, stream, waits = late.popleft()
+                ptr, stream, waits = late.popleft()
             except IndexError:
                 return
-            block = self._used.pop(ptr)
-            self._allocated -= block.nbytes
-            self._requested -= nbytes
-            block.stream = stream
-            if waits:
-                block.waits = waits
-                self._settle_block(block)
-                continue
-            waiting = self._waiting.setdefault((stream, block.nbytes), [])
-            waiting.append(block)
-            if len(waiting) > _MOST_WAITING:
-                for each in waiting:
-                    self._settle_block(each)
-                waiting.clear()
+            self._let_go(ptr, stream, waits)
 
-    def _settle(self, stream: int | None = None) -> None:
-        """Merge what waits, of one stream or all."""
-        for key in list(self._waiting):
-            if stream is None or key[0] == stream:
-                for block in self._waiting.pop(key):
-                    self._settle_block(block)
+    def _let_go(self, ptr: int, stream: int, waits: tuple[int, ...]) -> None:
+        block = self._used.pop(ptr)
+        block.stream = stream
+        block.waits = waits
+        self._settle_block(block)
+
+    def _settle(self, *stream: int) -> None:
+        """Merge what waits in the lists, of one stream or all."""
+        for owner, _, ptr in self.lists.drain(*stream):
+            self._let_go(ptr, owner, ())
 
     def _settle_block(self, block: _Block) -> None:
         for other in (block.before, block.after):
@@ -305,17 +291,18 @@ class Pool:
                 raise self._exhausted(nbytes, str(error)) from error
         segment = self._segments[ptr] = _Segment(ptr, wanted, stream, size <= _SMALL)
         self._reserved += wanted
-        self._peaks[2] = max(self._peaks[2], self._reserved)
+        self._peak_reserved = max(self._peak_reserved, self._reserved)
         return self._cut(_Block(segment, ptr, wanted, stream), size)
 
     def _exhausted(self, nbytes: int, why: str) -> OutOfMemory:
         device = self.opened.device
         free, total = self.opened.backend.memory()
+        stats = self.stats()
         largest = sorted((b.nbytes for b in self._used.values()), reverse=True)[:_NAMED]
         return OutOfMemory(
             f"{nbytes} bytes of {self.kind.name.lower()} memory on {device.address} were asked "
             f"for: {why}. The device has {free} of {total} bytes free; this pool holds "
-            f"{self._reserved} bytes, {self._allocated} of them in {len(self._used)} buffers, the "
+            f"{self._reserved} bytes, {stats.allocated} of them in {stats.live} buffers, the "
             f"largest {', '.join(map(str, largest)) or 'none'}. Close buffers, or ask for less",
             requested=nbytes,
             free=free,

@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, HalError, Timeout
+from drivetrain.hal.hot import StreamCore
 from drivetrain.hal.kinds import Way
 from drivetrain.hal.opened import wait_limit_s
 
 if TYPE_CHECKING:
     from drivetrain.hal.device import Device
     from drivetrain.hal.graph import Graph
+    from drivetrain.hal.hot import FreeLists
     from drivetrain.hal.memory import Buffer
     from drivetrain.hal.opened import Opened
+    from drivetrain.hal.pool import Pool
 
 _MOST_KEPT = 256
 
@@ -74,29 +77,27 @@ class Event:
         return f"<Event on {self.device.address}>"
 
 
-class Stream:
+class Stream(StreamCore):
     """Work of one device in order. Made by ``Device.stream`` and ``Device.wrap_stream``."""
 
-    __slots__ = (
-        "__weakref__",
-        "_graph",
-        "_heir",
-        "_kept",
-        "_opened",
-        "_owner",
-        "_timing",
-        "device",
-        "handle",
-    )
+    __slots__ = ("__weakref__", "_heir", "_kept", "_owner", "_timing")
+
+    if TYPE_CHECKING:  # they are in the core, in C or its twin
+        _opened: Opened
+        device: Device
+        handle: int
+        _graph: Graph | None
+        _pool: Pool | None
+        _lists: FreeLists | None
 
     def __init__(self, opened: Opened, handle: int, *, owner: object = None) -> None:
         self._opened = opened
-        self.device: Device = opened.device
+        self.device = opened.device
         self.handle = handle
-        """The driver's own handle, 0 once the stream is closed."""
+        self._set_calls(opened.calls)
+        opened.streams.add(self)
         self._owner = owner
         self._heir: Stream | None = None
-        self._graph: Graph | None = None
         self._kept: list[object] = []
         self._timing = "timing" in opened.backend.groups
 
@@ -105,7 +106,7 @@ class Stream:
     def close(self) -> None:
         """Let go of the stream. What was queued still happens; buffers of the stream live on."""
         handle = self.handle
-        if not handle:
+        if not handle or self._opened.closed:
             return
         if self._graph is not None:
             raise BadInput("close: the stream is being captured; leave the `with` block first")
@@ -152,7 +153,8 @@ class Stream:
             self._graph._no_events("record")
         event = opened.take_event(self._timing)
         try:
-            opened.backend.event_record(event, handle)
+            if not self._record(event):
+                opened.backend.event_record(event, handle)
         except BaseException:
             opened.give_event(event, self._timing)
             raise

@@ -8,9 +8,18 @@ import threading
 import uuid as uuids
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from drivetrain.errors import CompileError, DriverMissing, HalError, Unsupported
-from drivetrain.hal.driver import Backend, DeviceInfo, FunctionFacts, LaunchAbi, Limits, Target
+from drivetrain.hal.driver import (
+    Backend,
+    Calls,
+    DeviceInfo,
+    FunctionFacts,
+    LaunchAbi,
+    Limits,
+    Target,
+)
 from drivetrain.hal.drivers.cuda_api import NAME, Api, Code, Cu, Uuid, load
 from drivetrain.hal.drivers.cuda_context import Context
 from drivetrain.hal.drivers.cuda_graphs import Graphs
@@ -433,9 +442,19 @@ class CudaBackend:
             self._api.cuLaunchKernel, function, *grid, *block, shared, stream, arguments, None
         )
 
-    def launcher(self) -> tuple[int, int]:
-        address = ctypes.cast(self._api.cuLaunchKernel, ctypes.c_void_p).value
-        return LaunchAbi.CUDA, int(address or 0)
+    def calls(self) -> Calls:
+        def address(function: Any) -> int:
+            return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+
+        api = self._api
+        return Calls(
+            LaunchAbi.CUDA,
+            launch=address(api.cuLaunchKernel),
+            record=address(api.cuEventRecord),
+            context=self._context.handle,
+            get_context=address(api.cuCtxGetCurrent),
+            set_context=address(api.cuCtxSetCurrent),
+        )
 
     # -- group peer ------------------------------------------------------------------------------
 

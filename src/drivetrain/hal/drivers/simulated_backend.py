@@ -17,7 +17,7 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 from drivetrain.errors import CompileError, DeviceLost, HalError, OutOfMemory, Unsupported
 from drivetrain.hal.device import DeviceInfo
-from drivetrain.hal.driver import Backend, FunctionFacts, LaunchAbi, Limits, Target
+from drivetrain.hal.driver import Backend, Calls, FunctionFacts, Limits, Target
 from drivetrain.hal.drivers import cpu
 from drivetrain.hal.drivers.simulated import NAME, Configuration, Fault, fault
 from drivetrain.hal.drivers.simulated_chip import (
@@ -600,8 +600,8 @@ class Simulated:
             self.fail("launch", "error", f"the kernel ended with code {code}")
 
     @_entry
-    def launcher(self) -> tuple[int, int]:
-        return LaunchAbi.PYTHON, 0
+    def calls(self) -> Calls:
+        return Calls()
 
     # -- group graphs ----------------------------------------------------------------------------
 

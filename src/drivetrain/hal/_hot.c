@@ -1,0 +1,805 @@
+/* drivetrain.hal._hot: hot.c for Python, and the part of the core's objects that is in C.
+ *
+ * Each fast path does what is right in the usual case. Whatever is unusual (another type, a closed
+ * buffer, a stream that is being captured, a failure of the driver) goes to the Python function
+ * beside it, which checks everything and says what is wrong. So no message is made here.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stddef.h>
+#include <structmember.h>
+
+#include "hot.h"
+
+#define MOST_ARGUMENTS 64
+
+/* What the Python side tells once; see bind(). */
+static PyTypeObject *buffer_class;  /* drivetrain.hal.memory.Buffer */
+static PyObject *device_kind;       /* MemoryKind.DEVICE */
+static PyObject *slow_alloc, *slow_launch;
+static PyTypeObject *buffer_core, *stream_core, *lists_type;
+static PyObject *name_stream, *name_kind, *name_pool, *name_shared, *name_close;
+
+/* -- FreeLists -------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    dt_lists *lists;
+} FreeLists;
+
+static PyObject *lists_new(PyTypeObject *type, PyObject *args, PyObject *names) {
+    static char *none[] = {NULL};
+    if (!PyArg_ParseTupleAndKeywords(args, names, "", none)) return NULL;
+    FreeLists *self = (FreeLists *)type->tp_alloc(type, 0);
+    if (self && !(self->lists = dt_lists_new())) {
+        Py_DECREF(self);
+        return PyErr_NoMemory();
+    }
+    return (PyObject *)self;
+}
+
+static void lists_dealloc(FreeLists *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    if (self->lists) dt_lists_free(self->lists);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyObject *lists_take(FreeLists *self, PyObject *args) {
+    unsigned long long nbytes, stream;
+    if (!PyArg_ParseTuple(args, "KK", &nbytes, &stream)) return NULL;
+    return PyLong_FromUnsignedLongLong(dt_lists_take(self->lists, nbytes, stream));
+}
+
+static PyObject *lists_put(FreeLists *self, PyObject *args) {
+    unsigned long long ptr, nbytes, stream;
+    if (!PyArg_ParseTuple(args, "KKK", &ptr, &nbytes, &stream)) return NULL;
+    return PyBool_FromLong(dt_lists_put(self->lists, ptr, nbytes, stream));
+}
+
+static PyObject *lists_count(FreeLists *self, PyObject *args) {
+    unsigned long long nbytes;
+    int used;
+    if (!PyArg_ParseTuple(args, "Kp", &nbytes, &used)) return NULL;
+    dt_lists_count(self->lists, nbytes, used);
+    Py_RETURN_NONE;
+}
+
+static PyObject *lists_drain(FreeLists *self, PyObject *args) {
+    unsigned long long stream = 0;
+    int all = PyTuple_GET_SIZE(args) == 0;
+    if (!all && !PyArg_ParseTuple(args, "K", &stream)) return NULL;
+    PyObject *found = PyList_New(0);
+    dt_block blocks[256];
+    size_t count;
+    while (found && (count = dt_lists_drain(self->lists, stream, all, blocks, 256))) {
+        for (size_t i = 0; i < count; i++) {
+            PyObject *each = Py_BuildValue("KKK", (unsigned long long)blocks[i].stream,
+                                           (unsigned long long)blocks[i].nbytes,
+                                           (unsigned long long)blocks[i].ptr);
+            if (!each || PyList_Append(found, each)) {
+                Py_XDECREF(each);
+                Py_CLEAR(found);
+                break;
+            }
+            Py_DECREF(each);
+        }
+    }
+    return found;
+}
+
+static PyObject *lists_counts(FreeLists *self, PyObject *unused) {
+    dt_counts c;
+    dt_lists_counts(self->lists, &c);
+    return Py_BuildValue("KKKKKK", (unsigned long long)c.live, (unsigned long long)c.requested,
+                         (unsigned long long)c.allocated, (unsigned long long)c.peak_requested,
+                         (unsigned long long)c.peak_allocated, (unsigned long long)c.listed);
+}
+
+static PyMethodDef lists_methods[] = {
+    {"take", (PyCFunction)lists_take, METH_VARARGS,
+     "take(nbytes, stream) -> address of a free block, counted as used; 0: none"},
+    {"put", (PyCFunction)lists_put, METH_VARARGS,
+     "put(ptr, nbytes, stream) -> whether it was kept; it counts as free in both cases"},
+    {"count", (PyCFunction)lists_count, METH_VARARGS,
+     "count(nbytes, used): a block came from elsewhere, or went there"},
+    {"drain", (PyCFunction)lists_drain, METH_VARARGS,
+     "drain([stream]) -> [(stream, bytes, ptr)] of that stream or all, no longer kept"},
+    {"counts", (PyCFunction)lists_counts, METH_NOARGS,
+     "counts() -> (live, requested, allocated, peak requested, peak allocated, listed)"},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot lists_slots[] = {
+    {Py_tp_new, lists_new},
+    {Py_tp_dealloc, lists_dealloc},
+    {Py_tp_methods, lists_methods},
+    {Py_tp_doc, "Free blocks by stream and size, and counts of the used ones."},
+    {0, NULL},
+};
+static PyType_Spec lists_spec = {"drivetrain.hal._hot.FreeLists", sizeof(FreeLists), 0,
+                                 Py_TPFLAGS_DEFAULT, lists_slots};
+
+/* -- StreamCore ------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    unsigned long long handle;
+    PyObject *opened, *device;
+    PyObject *graph; /* NULL or None: not being captured */
+    PyObject *pool;  /* the device's own pool, once something came from it */
+    PyObject *lists; /* that pool's FreeLists */
+    dt_calls calls;
+} StreamCore;
+
+static PyMemberDef stream_members[] = {
+    {"handle", T_ULONGLONG, offsetof(StreamCore, handle), 0,
+     "The driver's own handle, 0 once the stream is closed."},
+    {"_opened", T_OBJECT, offsetof(StreamCore, opened), 0, NULL},
+    {"device", T_OBJECT, offsetof(StreamCore, device), 0, "The stream's device."},
+    {"_graph", T_OBJECT, offsetof(StreamCore, graph), 0, NULL},
+    {"_pool", T_OBJECT, offsetof(StreamCore, pool), 0, NULL},
+    {"_lists", T_OBJECT, offsetof(StreamCore, lists), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static void stream_dealloc(StreamCore *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    Py_XDECREF(self->opened);
+    Py_XDECREF(self->device);
+    Py_XDECREF(self->graph);
+    Py_XDECREF(self->pool);
+    Py_XDECREF(self->lists);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static int read_calls(PyObject *value, dt_calls *calls) {
+    unsigned long long n[8];
+    if (!PyArg_ParseTuple(value, "KKKKKKKK", &n[0], &n[1], &n[2], &n[3], &n[4], &n[5], &n[6], &n[7]))
+        return -1;
+    *calls = (dt_calls){(int)n[0], (uintptr_t)n[1], (uintptr_t)n[2], (uintptr_t)n[3],
+                        (uintptr_t)n[4], (uintptr_t)n[5], (uintptr_t)n[6], (uintptr_t)n[7]};
+    return 0;
+}
+
+static PyObject *stream_calls(StreamCore *self, PyObject *value) {
+    if (read_calls(value, &self->calls)) return NULL;
+    Py_RETURN_NONE;
+}
+
+/* _record(event) -> True when the event was recorded here; False: the caller must. */
+static PyObject *stream_record(StreamCore *self, PyObject *event) {
+    unsigned long long handle = PyLong_AsUnsignedLongLong(event);
+    if (handle == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
+    if (!self->calls.record || !self->handle || (self->graph && self->graph != Py_None))
+        Py_RETURN_FALSE;
+    return PyBool_FromLong(!dt_record(&self->calls, (void *)(uintptr_t)handle,
+                                      (void *)(uintptr_t)self->handle));
+}
+
+static PyMethodDef stream_methods[] = {
+    {"_set_calls", (PyCFunction)stream_calls, METH_O, NULL},
+    {"_record", (PyCFunction)stream_record, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot stream_slots[] = {
+    {Py_tp_dealloc, stream_dealloc},
+    {Py_tp_members, stream_members},
+    {Py_tp_methods, stream_methods},
+    {Py_tp_doc, "The part of a Stream that launches read."},
+    {0, NULL},
+};
+static PyType_Spec stream_spec = {"drivetrain.hal._hot.StreamCore", sizeof(StreamCore), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, stream_slots};
+
+static inline int queues(StreamCore *self) {
+    return self->handle && (!self->graph || self->graph == Py_None);
+}
+
+/* -- BufferCore ------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    unsigned long long ptr;
+    Py_ssize_t nbytes;
+    PyObject *opened, *device, *kind;
+    PyObject *resource; /* what gets the memory back; NULL or None: nobody */
+    PyObject *home;     /* the Stream it was allocated on */
+    PyObject *root;     /* a view's Buffer, or a wrapped memory's owner */
+    PyObject *users;    /* the set of other Streams that used it */
+    PyObject *waits;
+    void *last_user;    /* one of users, or home; compared only */
+} BufferCore;
+
+static PyMemberDef buffer_members[] = {
+    {"ptr", T_ULONGLONG, offsetof(BufferCore, ptr), 0,
+     "The address on the device; 0 once the buffer is closed."},
+    {"nbytes", T_PYSSIZET, offsetof(BufferCore, nbytes), 0, "Size in bytes."},
+    {"_opened", T_OBJECT, offsetof(BufferCore, opened), 0, NULL},
+    {"device", T_OBJECT, offsetof(BufferCore, device), 0, "Where the bytes are."},
+    {"kind", T_OBJECT, offsetof(BufferCore, kind), 0, "A MemoryKind."},
+    {"_resource", T_OBJECT, offsetof(BufferCore, resource), 0, NULL},
+    {"_home", T_OBJECT, offsetof(BufferCore, home), 0, NULL},
+    {"_root", T_OBJECT, offsetof(BufferCore, root), 0, NULL},
+    {"_users", T_OBJECT, offsetof(BufferCore, users), 0, NULL},
+    {"_waits", T_OBJECT, offsetof(BufferCore, waits), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static inline int there(PyObject *object) { return object && object != Py_None; }
+
+static inline int is_buffer(PyObject *object) {
+    return Py_TYPE(object) == buffer_class || PyObject_TypeCheck(object, buffer_core);
+}
+
+static int is_open(BufferCore *self) {
+    while (self->ptr) {
+        if (!there(self->root) || !is_buffer(self->root)) return 1;
+        self = (BufferCore *)self->root;
+    }
+    return 0;
+}
+
+/* Gives the memory back to its pool's lists. 1: done; 0: the slow way must. */
+static int give_back(BufferCore *self) {
+    StreamCore *home = (StreamCore *)self->home;
+    if (!there(self->resource) || !there(self->home) || !home->handle ||
+        self->resource != home->pool || there(self->users) || there(self->waits))
+        return 0;
+    FreeLists *lists = (FreeLists *)home->lists;
+    unsigned long long ptr = self->ptr;
+    self->ptr = 0;
+    if (dt_lists_put(lists->lists, ptr, (uint64_t)self->nbytes, home->handle)) {
+        Py_CLEAR(self->resource);
+        return 1;
+    }
+    dt_lists_count(lists->lists, (uint64_t)self->nbytes, 1); /* the slow way counts it again */
+    self->ptr = ptr;
+    return 0;
+}
+
+static PyObject *buffer_close(PyObject *object, PyObject *const *args, Py_ssize_t count,
+                              PyObject *names) {
+    BufferCore *self = (BufferCore *)object;
+    if (!count && !names) {
+        if (!self->ptr || give_back(self)) Py_RETURN_NONE;
+    }
+    PyObject *slow = PyObject_GetAttr(object, name_close);
+    if (!slow) return NULL;
+    PyObject *result = PyObject_Vectorcall(slow, args, (size_t)count, names);
+    Py_DECREF(slow);
+    return result;
+}
+
+static void buffer_finalize(PyObject *object) {
+    BufferCore *self = (BufferCore *)object;
+    if (!self->ptr || !there(self->resource) || give_back(self)) return;
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *result = PyObject_CallMethodNoArgs(object, name_close);
+    if (!result) PyErr_Clear(); /* closed or lost: nobody is left to give it back to */
+    Py_XDECREF(result);
+    PyErr_Restore(type, value, trace);
+}
+
+static void buffer_dealloc(BufferCore *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    /* For a subclass, subtype_dealloc has called the finalizer already, and ptr is 0. */
+    if (type == buffer_core && PyObject_CallFinalizerFromDealloc((PyObject *)self)) return;
+    Py_XDECREF(self->opened);
+    Py_XDECREF(self->device);
+    Py_XDECREF(self->kind);
+    Py_XDECREF(self->resource);
+    Py_XDECREF(self->home);
+    Py_XDECREF(self->root);
+    Py_XDECREF(self->users);
+    Py_XDECREF(self->waits);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyObject *buffer_closed(BufferCore *self, void *unused) {
+    return PyBool_FromLong(!is_open(self));
+}
+
+static PyObject *buffer_used(BufferCore *self, PyObject *stream) {
+    self->last_user = stream;
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef buffer_methods[] = {
+    {"close", (PyCFunction)(void (*)(void))buffer_close, METH_FASTCALL | METH_KEYWORDS,
+     "close(stream=None): give the memory back, after the work queued so far on the buffer's "
+     "stream, on ``stream`` and on every stream that used it. Closing twice does nothing."},
+    {"_last_user", (PyCFunction)buffer_used, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyGetSetDef buffer_attributes[] = {
+    {"closed", (getter)buffer_closed, NULL, "Whether it, or what it is a view of, was closed.", NULL},
+    {NULL, NULL, NULL, NULL, NULL},
+};
+
+static PyType_Slot buffer_slots[] = {
+    {Py_tp_dealloc, buffer_dealloc},
+    {Py_tp_finalize, buffer_finalize},
+    {Py_tp_members, buffer_members},
+    {Py_tp_methods, buffer_methods},
+    {Py_tp_getset, buffer_attributes},
+    {Py_tp_doc, "The part of a Buffer that launches read."},
+    {0, NULL},
+};
+static PyType_Spec buffer_spec = {"drivetrain.hal._hot.BufferCore", sizeof(BufferCore), 0,
+                                  Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, buffer_slots};
+
+/* Device.alloc(self, nbytes, *, stream, kind=MemoryKind.DEVICE, pool=None) */
+static PyObject *alloc(PyObject *module, PyObject *const *args, Py_ssize_t count, PyObject *names) {
+    Py_ssize_t named = names ? PyTuple_GET_SIZE(names) : 0;
+    StreamCore *stream = NULL;
+    if (count == 2 && PyLong_CheckExact(args[1])) {
+        int usual = 1;
+        for (Py_ssize_t i = 0; i < named; i++) {
+            PyObject *name = PyTuple_GET_ITEM(names, i), *value = args[count + i];
+            if (name == name_stream) {
+                if (PyObject_TypeCheck(value, stream_core)) stream = (StreamCore *)value;
+            } else if (name == name_kind) {
+                usual &= value == device_kind;
+            } else {
+                usual &= name == name_pool && value == Py_None;
+            }
+        }
+        if (usual && stream && stream->device == args[0] && there(stream->lists) && queues(stream)) {
+            unsigned long long nbytes = PyLong_AsUnsignedLongLong(args[1]);
+            uint64_t ptr = 0;
+            if (nbytes == (unsigned long long)-1 && PyErr_Occurred()) PyErr_Clear();
+            else if (nbytes >> 48 == 0)
+                ptr = dt_lists_take(((FreeLists *)stream->lists)->lists, nbytes, stream->handle);
+            if (ptr) {
+                BufferCore *made = (BufferCore *)buffer_class->tp_alloc(buffer_class, 0);
+                if (!made) {
+                    dt_lists_put(((FreeLists *)stream->lists)->lists, ptr, nbytes, stream->handle);
+                    return NULL;
+                }
+                made->ptr = ptr;
+                made->nbytes = (Py_ssize_t)nbytes;
+                made->opened = Py_NewRef(stream->opened);
+                made->device = Py_NewRef(stream->device);
+                made->kind = Py_NewRef(device_kind);
+                made->resource = Py_NewRef(stream->pool);
+                made->home = Py_NewRef((PyObject *)stream);
+                return (PyObject *)made;
+            }
+        }
+    }
+    return PyObject_Vectorcall(slow_alloc, args, (size_t)count, names);
+}
+
+/* -- KernelCore ------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc call;
+    PyObject *opened;
+    void *function;
+    dt_calls calls;
+    uint32_t grid[3], block[3], threads, shared;
+    unsigned count;
+    unsigned char codes[MOST_ARGUMENTS]; /* 'P', struct's letters, or 0: only the slow way */
+    int32_t sizes[MOST_ARGUMENTS];
+} KernelCore;
+
+/* One to three positive numbers within limits; 0 when they are anything else. */
+static int read_dims(PyObject *value, const uint32_t most[3], uint32_t out[3]) {
+    out[1] = out[2] = 1;
+    Py_ssize_t count = 1;
+    PyObject *const *items = &value;
+    if (PyTuple_CheckExact(value)) {
+        count = PyTuple_GET_SIZE(value);
+        if (count < 1 || count > 3) return 0;
+        items = &PyTuple_GET_ITEM(value, 0);
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        int overflow;
+        if (!PyLong_CheckExact(items[i])) return 0;
+        long long number = PyLong_AsLongLongAndOverflow(items[i], &overflow);
+        if (overflow || number < 1 || number > (long long)most[i]) return 0;
+        out[i] = (uint32_t)number;
+    }
+    return 1;
+}
+
+/* Packs one argument into 8 bytes; 0 when it is unusual. */
+static int pack(PyObject *value, unsigned char code, StreamCore *stream, KernelCore *kernel,
+                unsigned char *out) {
+    if (code == 'P') {
+        if (value == Py_None) {
+            memset(out, 0, 8);
+            return 1;
+        }
+        if (!is_buffer(value)) return 0;
+        BufferCore *buffer = (BufferCore *)value;
+        if (buffer->opened != kernel->opened || !is_open(buffer)) return 0;
+        if (buffer->home != (PyObject *)stream && buffer->last_user != (void *)stream) return 0;
+        uint64_t ptr = buffer->ptr;
+        memcpy(out, &ptr, 8);
+        return 1;
+    }
+    if (code == 'f' || code == 'd') {
+        double number;
+        if (PyFloat_CheckExact(value)) number = PyFloat_AS_DOUBLE(value);
+        else if (PyLong_CheckExact(value)) {
+            number = PyLong_AsDouble(value);
+            if (number == -1.0 && PyErr_Occurred()) {
+                PyErr_Clear();
+                return 0;
+            }
+        } else return 0;
+        if (code == 'd') {
+            memcpy(out, &number, 8);
+            return 1;
+        }
+        float single = (float)number;
+        if (Py_IS_INFINITY((double)single) && !Py_IS_INFINITY(number)) return 0;
+        memcpy(out, &single, 4);
+        return 1;
+    }
+    if (!code) return 0;
+    PyObject *held = NULL;
+    if (!PyLong_CheckExact(value)) {
+        if (!PyIndex_Check(value)) return 0;
+        value = held = PyNumber_Index(value); /* a numpy scalar */
+        if (!held) {
+            PyErr_Clear();
+            return 0;
+        }
+    }
+    int overflow, right = 0;
+    long long number = PyLong_AsLongLongAndOverflow(value, &overflow);
+    if (code == 'Q') {
+        unsigned long long large = (unsigned long long)number;
+        right = !overflow && number >= 0;
+        if (overflow > 0) {
+            large = PyLong_AsUnsignedLongLong(value);
+            right = !(large == (unsigned long long)-1 && PyErr_Occurred());
+            PyErr_Clear();
+        }
+        memcpy(out, &large, 8);
+    } else if (!overflow) {
+        right = 1;
+        switch (code) {
+        case 'q': break;
+        case 'i': right = number >= INT32_MIN && number <= INT32_MAX; break;
+        case 'I': right = number >= 0 && number <= (long long)UINT32_MAX; break;
+        case 'h': right = number >= INT16_MIN && number <= INT16_MAX; break;
+        case 'H': right = number >= 0 && number <= UINT16_MAX; break;
+        case 'b': right = number >= INT8_MIN && number <= INT8_MAX; break;
+        case 'B': right = number >= 0 && number <= UINT8_MAX; break;
+        default: right = 0;
+        }
+        memcpy(out, &number, 8); /* little-endian: the low bytes come first */
+    }
+    Py_XDECREF(held);
+    return right;
+}
+
+static int queue(const dt_calls *calls, void *function, const uint32_t grid[3],
+                 const uint32_t block[3], uint32_t shared, void *stream, void **arguments,
+                 const int32_t *sizes, unsigned count) {
+    int code;
+    if (calls->abi == DT_ABI_OPENCL) /* its arguments lie in the kernel: no other thread between */
+        return dt_launch(calls, function, grid, block, shared, stream, arguments, sizes, count);
+    Py_BEGIN_ALLOW_THREADS
+    code = dt_launch(calls, function, grid, block, shared, stream, arguments, sizes, count);
+    Py_END_ALLOW_THREADS
+    return code;
+}
+
+static PyObject *kernel_call(PyObject *object, PyObject *const *args, size_t flags,
+                             PyObject *names) {
+    KernelCore *self = (KernelCore *)object;
+    Py_ssize_t count = PyVectorcall_NARGS(flags);
+    if (self->calls.abi && count == (Py_ssize_t)self->count + 3 &&
+        PyObject_TypeCheck(args[0], stream_core)) {
+        StreamCore *stream = (StreamCore *)args[0];
+        uint32_t grid[3], block[3], shared = 0;
+        if (names) {
+            if (PyTuple_GET_SIZE(names) != 1 || PyTuple_GET_ITEM(names, 0) != name_shared ||
+                !PyLong_CheckExact(args[count]))
+                goto slow;
+            int overflow;
+            long long number = PyLong_AsLongLongAndOverflow(args[count], &overflow);
+            if (overflow || number < 0 || number > (long long)self->shared) goto slow;
+            shared = (uint32_t)number;
+        }
+        if (stream->opened != self->opened || !queues(stream) ||
+            !read_dims(args[1], self->grid, grid) || !read_dims(args[2], self->block, block) ||
+            (uint64_t)block[0] * block[1] * block[2] > self->threads)
+            goto slow;
+        unsigned char values[MOST_ARGUMENTS * 8];
+        void *table[MOST_ARGUMENTS];
+        for (unsigned i = 0; i < self->count; i++) {
+            table[i] = values + 8 * i;
+            if (!pack(args[3 + i], self->codes[i], stream, self, values + 8 * i)) goto slow;
+        }
+        if (!queue(&self->calls, self->function, grid, block, shared,
+                   (void *)(uintptr_t)stream->handle, table, self->sizes, self->count))
+            Py_RETURN_NONE;
+        /* It failed: done again, the slow way tells why. */
+    }
+slow:;
+    PyObject *slow_args[MOST_ARGUMENTS + 8];
+    Py_ssize_t all = count + (names ? PyTuple_GET_SIZE(names) : 0);
+    if (all > MOST_ARGUMENTS + 6) {
+        PyErr_SetString(PyExc_TypeError, "too many arguments for a kernel");
+        return NULL;
+    }
+    slow_args[0] = object;
+    for (Py_ssize_t i = 0; i < all; i++) slow_args[i + 1] = args[i];
+    return PyObject_Vectorcall(slow_launch, slow_args, (size_t)count + 1, names);
+}
+
+static PyObject *kernel_new(PyTypeObject *type, PyObject *args, PyObject *names) {
+    KernelCore *self = (KernelCore *)type->tp_alloc(type, 0);
+    if (self) self->call = kernel_call;
+    return (PyObject *)self;
+}
+
+/* _bind(opened, function, calls, (grid, block, threads, shared), codes, sizes) */
+static PyObject *kernel_bind(KernelCore *self, PyObject *args) {
+    PyObject *opened, *calls, *sizes;
+    unsigned long long function;
+    const char *codes;
+    Py_ssize_t count;
+    unsigned limits[8];
+    if (!PyArg_ParseTuple(args, "OKO!(IIIIIIII)y#O!", &opened, &function, &PyTuple_Type, &calls,
+                          &limits[0], &limits[1], &limits[2], &limits[3], &limits[4], &limits[5],
+                          &limits[6], &limits[7], &codes, &count, &PyTuple_Type, &sizes))
+        return NULL;
+    if (count > MOST_ARGUMENTS || PyTuple_GET_SIZE(sizes) != count) Py_RETURN_FALSE;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        long size = PyLong_AsLong(PyTuple_GET_ITEM(sizes, i));
+        if (size == -1 && PyErr_Occurred()) return NULL;
+        self->sizes[i] = (int32_t)size;
+        self->codes[i] = (unsigned char)codes[i];
+    }
+    if (read_calls(calls, &self->calls)) return NULL;
+    memcpy(self->grid, limits, sizeof self->grid);
+    memcpy(self->block, limits + 3, sizeof self->block);
+    self->threads = limits[6];
+    self->shared = limits[7];
+    self->count = (unsigned)count;
+    self->function = (void *)(uintptr_t)function;
+    Py_XSETREF(self->opened, Py_NewRef(opened));
+    Py_RETURN_TRUE;
+}
+
+static void kernel_dealloc(KernelCore *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    Py_XDECREF(self->opened);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMemberDef kernel_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(KernelCore, call), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyMethodDef kernel_methods[] = {
+    {"_bind", (PyCFunction)kernel_bind, METH_VARARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot kernel_slots[] = {
+    {Py_tp_new, kernel_new},
+    {Py_tp_dealloc, kernel_dealloc},
+    {Py_tp_call, PyVectorcall_Call},
+    {Py_tp_members, kernel_members},
+    {Py_tp_methods, kernel_methods},
+    {Py_tp_doc, "The part of a Kernel that launches."},
+    {0, NULL},
+};
+static PyType_Spec kernel_spec = {
+    "drivetrain.hal._hot.KernelCore", sizeof(KernelCore), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_VECTORCALL, kernel_slots};
+
+/* -- Plan -------------------------------------------------------------------------------------- */
+
+typedef struct {
+    PyObject_HEAD
+    vectorcallfunc call;
+    PyObject *launch;  /* drivetrain.hal.kernel.Launch: owns the arguments, and is the slow way */
+    StreamCore *stream;
+    KernelCore *kernel;
+    void **arguments;
+    uint32_t grid[3], block[3], shared;
+    Py_ssize_t count;
+    PyObject **buffers;
+} Plan;
+
+static PyObject *plan_slow(Plan *self) {
+    static PyObject *name;
+    if (!name && !(name = PyUnicode_InternFromString("on"))) return NULL;
+    return PyObject_CallMethodOneArg(self->launch, name, (PyObject *)self->stream);
+}
+
+static PyObject *plan_call(PyObject *object, PyObject *const *args, size_t flags, PyObject *names) {
+    Plan *self = (Plan *)object;
+    if (PyVectorcall_NARGS(flags) || (names && PyTuple_GET_SIZE(names))) {
+        PyErr_SetString(PyExc_TypeError, "a plan takes no arguments; change them with set");
+        return NULL;
+    }
+    if (!self->kernel->calls.abi || !queues(self->stream)) return plan_slow(self);
+    for (Py_ssize_t i = 0; i < self->count; i++) {
+        BufferCore *buffer = (BufferCore *)self->buffers[i];
+        if (!is_open(buffer) || (buffer->home != (PyObject *)self->stream &&
+                                 buffer->last_user != (void *)self->stream))
+            return plan_slow(self);
+    }
+    if (queue(&self->kernel->calls, self->kernel->function, self->grid, self->block, self->shared,
+              (void *)(uintptr_t)self->stream->handle, self->arguments, self->kernel->sizes,
+              self->kernel->count))
+        return plan_slow(self);
+    Py_RETURN_NONE;
+}
+
+/* _PlanCore(launch, stream, kernel, address of the arguments, grid, block, shared) */
+static PyObject *plan_new(PyTypeObject *type, PyObject *args, PyObject *names) {
+    PyObject *launch, *stream, *kernel;
+    unsigned long long arguments;
+    unsigned n[7];
+    if (!PyArg_ParseTuple(args, "OO!OK(III)(III)I", &launch, stream_core, &stream, &kernel,
+                          &arguments, &n[0], &n[1], &n[2], &n[3], &n[4], &n[5], &n[6]))
+        return NULL;
+    (void)names;
+    Plan *self = (Plan *)type->tp_alloc(type, 0);
+    if (!self) return NULL;
+    self->call = plan_call;
+    self->launch = Py_NewRef(launch);
+    self->stream = (StreamCore *)Py_NewRef(stream);
+    self->kernel = (KernelCore *)Py_NewRef(kernel);
+    self->arguments = (void **)(uintptr_t)arguments;
+    memcpy(self->grid, n, sizeof self->grid);
+    memcpy(self->block, n + 3, sizeof self->block);
+    self->shared = n[6];
+    return (PyObject *)self;
+}
+
+static void drop_buffers(Plan *self) {
+    for (Py_ssize_t i = 0; i < self->count; i++) Py_DECREF(self->buffers[i]);
+    PyMem_Free(self->buffers);
+    self->buffers = NULL;
+    self->count = 0;
+}
+
+/* _uses(buffers): the tuple of buffers among the arguments */
+static PyObject *plan_uses(Plan *self, PyObject *buffers) {
+    if (!PyTuple_Check(buffers)) {
+        PyErr_SetString(PyExc_TypeError, "a tuple of buffers");
+        return NULL;
+    }
+    Py_ssize_t count = PyTuple_GET_SIZE(buffers);
+    PyObject **held = PyMem_Malloc((size_t)(count ? count : 1) * sizeof *held);
+    if (!held) return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *each = PyTuple_GET_ITEM(buffers, i);
+        if (!is_buffer(each)) {
+            while (i--) Py_DECREF(held[i]);
+            PyMem_Free(held);
+            PyErr_SetString(PyExc_TypeError, "a tuple of buffers");
+            return NULL;
+        }
+        held[i] = Py_NewRef(each);
+    }
+    drop_buffers(self);
+    self->buffers = held;
+    self->count = count;
+    Py_RETURN_NONE;
+}
+
+static void plan_dealloc(Plan *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    drop_buffers(self);
+    Py_XDECREF(self->launch);
+    Py_XDECREF((PyObject *)self->stream);
+    Py_XDECREF((PyObject *)self->kernel);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMemberDef plan_members[] = {
+    {"__vectorcalloffset__", T_PYSSIZET, offsetof(Plan, call), READONLY, NULL},
+    {"_launch", T_OBJECT, offsetof(Plan, launch), READONLY, NULL},
+    {"_stream", T_OBJECT, offsetof(Plan, stream), READONLY, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyMethodDef plan_methods[] = {
+    {"_uses", (PyCFunction)plan_uses, METH_O, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot plan_slots[] = {
+    {Py_tp_new, plan_new},
+    {Py_tp_dealloc, plan_dealloc},
+    {Py_tp_call, PyVectorcall_Call},
+    {Py_tp_members, plan_members},
+    {Py_tp_methods, plan_methods},
+    {Py_tp_doc, "The part of a Plan that launches."},
+    {0, NULL},
+};
+static PyType_Spec plan_spec = {
+    "drivetrain.hal._hot.PlanCore", sizeof(Plan), 0,
+    Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_VECTORCALL, plan_slots};
+
+/* -- module ------------------------------------------------------------------------------------ */
+
+/* bind(Buffer, MemoryKind.DEVICE, alloc the slow way, launch the slow way) */
+static PyObject *bind(PyObject *module, PyObject *args) {
+    PyObject *type, *kind, *allocate, *launch;
+    if (!PyArg_ParseTuple(args, "O!OOO", &PyType_Type, &type, &kind, &allocate, &launch)) return NULL;
+    if (!PyType_IsSubtype((PyTypeObject *)type, buffer_core)) {
+        PyErr_SetString(PyExc_TypeError, "Buffer must be a BufferCore");
+        return NULL;
+    }
+    Py_XSETREF(buffer_class, (PyTypeObject *)Py_NewRef(type));
+    Py_XSETREF(device_kind, Py_NewRef(kind));
+    Py_XSETREF(slow_alloc, Py_NewRef(allocate));
+    Py_XSETREF(slow_launch, Py_NewRef(launch));
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef functions[] = {
+    {"bind", bind, METH_VARARGS, NULL},
+    {"alloc", (PyCFunction)(void (*)(void))alloc, METH_FASTCALL | METH_KEYWORDS,
+     "alloc(nbytes, *, stream, kind=MemoryKind.DEVICE, pool=None) -> Buffer of memory, usable on "
+     "stream from here on. From the device's caching pool, or from pool. The contents are "
+     "undefined. Raises BadInput, Unsupported and OutOfMemory."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int add(PyObject *module, const char *name, PyType_Spec *spec, PyTypeObject **kept) {
+    PyObject *type = PyType_FromSpec(spec);
+    if (!type || PyModule_AddObjectRef(module, name, type)) {
+        Py_XDECREF(type);
+        return -1;
+    }
+    if (kept) Py_XSETREF(*kept, (PyTypeObject *)type);
+    else Py_DECREF(type);
+    return 0;
+}
+
+static int exec_module(PyObject *module) {
+    name_stream = PyUnicode_InternFromString("stream");
+    name_kind = PyUnicode_InternFromString("kind");
+    name_pool = PyUnicode_InternFromString("pool");
+    name_shared = PyUnicode_InternFromString("shared");
+    name_close = PyUnicode_InternFromString("_close");
+    if (!name_stream || !name_kind || !name_pool || !name_shared || !name_close) return -1;
+    if (add(module, "FreeLists", &lists_spec, &lists_type) ||
+        add(module, "StreamCore", &stream_spec, &stream_core) ||
+        add(module, "BufferCore", &buffer_spec, &buffer_core) ||
+        add(module, "KernelCore", &kernel_spec, NULL) || add(module, "PlanCore", &plan_spec, NULL))
+        return -1;
+    /* Bound like a method when it is found in a class. */
+    PyObject *function = PyObject_GetAttrString(module, "alloc");
+    PyObject *method = function ? PyInstanceMethod_New(function) : NULL;
+    Py_XDECREF(function);
+    if (!method || PyModule_AddObjectRef(module, "alloc_method", method)) {
+        Py_XDECREF(method);
+        return -1;
+    }
+    Py_DECREF(method);
+    return 0;
+}
+
+static PyModuleDef_Slot slots[] = {{Py_mod_exec, exec_module}, {0, NULL}};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "drivetrain.hal._hot", "The hot part of the core's objects.", 0,
+    functions, slots, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__hot(void) { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,204 @@
+"""The twin of ``_hot``: the same classes without C. What is fast there is simply done here."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+GRAIN = 512
+BIN = 64
+
+_slow: dict[str, Callable[..., Any]] = {}
+
+
+def bind(buffer: type, kind: object, alloc: Callable[..., Any], launch: Callable[..., Any]) -> None:
+    """Tells the classes what to call for all that is not usual."""
+    _slow.update(alloc=alloc, launch=launch)
+
+
+def alloc_method(device: Any, nbytes: int, **options: Any) -> Any:
+    return _slow["alloc"](device, nbytes, **options)
+
+
+def _rounded(nbytes: int) -> int:
+    return (max(nbytes, 1) + GRAIN - 1) // GRAIN * GRAIN
+
+
+class FreeLists:
+    """Free blocks by stream and size, and counts of the used ones."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a finaliser may come in between
+        self._lists: dict[tuple[int, int], list[int]] = {}
+        self._live = self._requested = self._allocated = self._listed = 0
+        self._peak_requested = self._peak_allocated = 0
+
+    def count(self, nbytes: int, used: bool) -> None:
+        """A block came from elsewhere, or went there."""
+        with self._lock:
+            sign = 1 if used else -1
+            self._live += sign
+            self._requested += sign * nbytes
+            self._allocated += sign * _rounded(nbytes)
+            self._peak_requested = max(self._peak_requested, self._requested)
+            self._peak_allocated = max(self._peak_allocated, self._allocated)
+
+    def take(self, nbytes: int, stream: int) -> int:
+        """The address of a free block, counted as used; 0: none."""
+        with self._lock:
+            found = self._lists.get((stream, _rounded(nbytes)))
+            if not found:
+                return 0
+            self._listed -= 1
+            self.count(nbytes, True)
+            return found.pop()
+
+    def put(self, ptr: int, nbytes: int, stream: int) -> bool:
+        """Whether it was kept; it counts as free in both cases."""
+        with self._lock:
+            self.count(nbytes, False)
+            found = self._lists.setdefault((stream, _rounded(nbytes)), [])
+            if len(found) >= BIN:
+                return False
+            found.append(ptr)
+            self._listed += 1
+            return True
+
+    def drain(self, *stream: int) -> list[tuple[int, int, int]]:
+        """[(stream, bytes, ptr)] of one stream or all, no longer kept."""
+        with self._lock:
+            keys = [key for key in self._lists if not stream or key[0] == stream[0]]
+            blocks = [(*key, ptr) for key in keys for ptr in self._lists.pop(key)]
+            self._listed -= len(blocks)
+            return blocks
+
+    def counts(self) -> tuple[int, int, int, int, int, int]:
+        """(live, requested, allocated, peak requested, peak allocated, listed)"""
+        with self._lock:
+            return (
+                self._live,
+                self._requested,
+                self._allocated,
+                self._peak_requested,
+                self._peak_allocated,
+                self._listed,
+            )
+
+
+class StreamCore:
+    """The part of a Stream that launches read."""
+
+    __slots__ = ("_graph", "_lists", "_opened", "_pool", "device", "handle")
+
+    handle: int
+    _graph: Any
+    _lists: Any
+    _opened: Any
+    _pool: Any
+    device: Any
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        self: Any = super().__new__(cls)
+        self.handle = 0
+        self._graph = self._lists = self._opened = self._pool = self.device = None
+        return self
+
+    def _set_calls(self, calls: tuple[int, ...]) -> None:
+        pass
+
+    def _record(self, event: int) -> bool:
+        return False
+
+
+class BufferCore:
+    """The part of a Buffer that launches read."""
+
+    __slots__ = (
+        "_home",
+        "_opened",
+        "_resource",
+        "_root",
+        "_users",
+        "_waits",
+        "device",
+        "kind",
+        "nbytes",
+        "ptr",
+    )
+
+    ptr: int
+    nbytes: int
+    kind: Any
+    device: Any
+    _home: Any
+    _opened: Any
+    _resource: Any
+    _root: Any
+    _users: Any
+    _waits: Any
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        self: Any = super().__new__(cls)
+        self.ptr = self.nbytes = 0
+        self._home = self._opened = self._resource = self._root = self._users = self._waits = None
+        return self
+
+    @property
+    def closed(self) -> bool:
+        """Whether it, or what it is a view of, was closed."""
+        at: Any = self
+        while at.ptr:
+            if not isinstance(at._root, BufferCore):
+                return False
+            at = at._root
+        return True
+
+    def close(self, stream: Any = None) -> None:
+        """Give the memory back, after the work queued so far on the buffer's stream, on ``stream``
+        and on every stream that used it. Closing twice does nothing."""
+        if self.ptr:
+            self._close(stream)  # type: ignore[attr-defined]
+
+    def _last_user(self, stream: Any) -> None:
+        pass
+
+    def __del__(self) -> None:
+        if self.ptr and self._resource is not None:
+            try:
+                self._close()  # type: ignore[attr-defined]
+            except Exception:
+                pass  # the device is closed or lost: there is nobody left to give it back to
+
+
+class KernelCore:
+    """The part of a Kernel that launches."""
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        return super().__new__(cls)
+
+    def _bind(self, *_: object) -> bool:
+        return False
+
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        _slow["launch"](self, *arguments, **options)
+
+
+class PlanCore:
+    """The part of a Plan that launches."""
+
+    __slots__ = ("_launch", "_stream")
+
+    _launch: Any
+    _stream: Any
+
+    def __new__(cls, launch: Any, stream: Any, *_: object) -> Any:
+        self: Any = super().__new__(cls)
+        self._launch, self._stream = launch, stream
+        return self
+
+    def _uses(self, buffers: tuple[Any, ...]) -> None:
+        pass
+
+    def __call__(self) -> None:
+        self._launch.on(self._stream)
