@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 LOCK = ROOT / "requirements.lock"
 CONSTRAINTS = ROOT / "constraints.txt"
-EXTRAS = ("torch", "placement", "test", "dev")
+EXTRAS = ("torch", "kernels", "placement", "test", "bench", "dev")
 PYTHONS = ("3.11", "3.12", "3.13")
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 # What torch wants besides its vendor's libraries; listed because torch itself is not resolved.

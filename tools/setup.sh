@@ -66,7 +66,7 @@ pip=(.venv/bin/python -m pip --disable-pip-version-check)
 say "installing the project and what its tests use (torch is the large one)"
 "${pip[@]}" install --quiet --constraint constraints.txt setuptools
 "${pip[@]}" install --quiet --constraint constraints.txt --no-build-isolation \
-    --editable '.[torch,placement,test,dev]'
+    --editable '.[torch,kernels,placement,test,bench,dev]'
 
 .venv/bin/python - <<'PY' >&2
 import importlib.util
