@@ -32,6 +32,120 @@ void dt_copy(void *dst, const void *src, size_t nbytes);
  * each byte is read once. The ranges must not overlap. */
 uint64_t dt_copy_checksum(void *dst, const void *src, size_t nbytes, uint64_t first_word);
 
+/* -- the cpu device -------------------------------------------------------------------------
+ *
+ * Streams of commands, done in order by threads that belong to the device and run on its cores.
+ * Kernels and large copies and fills are cut in parts that all threads take. Linux only.
+ *
+ * Any thread may call any function. Each returns a dt_cpu_status; nothing is queued unless it is
+ * DT_CPU_OK (or, of dt_cpu_copy, DT_CPU_LATE). Times are nanoseconds of CLOCK_MONOTONIC, a limit
+ * below 0 counts as none. Handles of streams and events stay safe to pass after they were
+ * destroyed or their device was closed: the call is refused. After fork the child has no threads;
+ * there each call answers DT_CPU_FORKED, and handles are never given back.
+ */
+typedef enum {
+    DT_CPU_OK = 0,
+    DT_CPU_LATE = 1,      /* the time limit passed; the work goes on */
+    DT_CPU_FAILED = 2,    /* queued work failed; told once, in dt_cpu_failure */
+    DT_CPU_NO_MEMORY = 3,
+    DT_CPU_INVALID = 4,   /* an argument cannot be meant */
+    DT_CPU_FORKED = 5,
+    DT_CPU_CLOSED = 6,    /* the device or the handle was closed */
+    DT_CPU_ALLOWANCE = 7, /* dt_cpu_alloc: more than dt_cpu_allow allows */
+    DT_CPU_DAMAGED = 8,   /* dt_cpu_check: guard bytes were overwritten */
+    DT_CPU_REJECTED = 9,  /* dt_cpu_module_load: the loader does not take it */
+} dt_cpu_status;
+
+typedef struct dt_cpu dt_cpu;
+typedef struct dt_cpu_stream dt_cpu_stream;
+typedef struct dt_cpu_event dt_cpu_event;
+typedef struct dt_cpu_module dt_cpu_module;
+typedef struct dt_cpu_function dt_cpu_function;
+
+typedef struct {
+    int code;       /* what the kernel returned */
+    char text[232]; /* which kernel, which blocks */
+} dt_cpu_failure;
+
+/* `threads` workers on the `count` cores of `cores` (count 0: wherever the caller may run). With
+ * `guards`, allocations lie between guard bytes. NULL when no thread can be started. */
+dt_cpu *dt_cpu_open(const int *cores, size_t count, unsigned threads, int guards);
+
+/* Wait up to limit_ns for what is queued, drop what has not begun, and free everything. When work
+ * still runs then, it is left to itself with all that it may touch: DT_CPU_LATE. */
+int dt_cpu_close(dt_cpu *device, int64_t limit_ns);
+
+/* Wait until all that was queued so far on any stream is done. */
+int dt_cpu_synchronize(dt_cpu *device, int64_t limit_ns, dt_cpu_failure *failure);
+
+/* Memory, aligned to 64 bytes. dt_cpu_allow: how many bytes may be allocated before somebody who
+ * knows the machine's limits must be asked again; none at first. */
+int dt_cpu_alloc(dt_cpu *device, size_t nbytes, void **address);
+void dt_cpu_allow(dt_cpu *device, uint64_t nbytes);
+/* Bytes that were allocated in mappings of their own and never touched: not yet taken from the
+ * machine. */
+uint64_t dt_cpu_untouched(dt_cpu *device);
+/* Free once what is queued on the stream so far is done. */
+int dt_cpu_free(dt_cpu *device, void *address, dt_cpu_stream *stream);
+/* Wait until no free is queued. */
+int dt_cpu_freed(dt_cpu *device, int64_t limit_ns);
+/* DT_CPU_DAMAGED when a guard byte of the allocation changed: its size, and where the first one
+ * lies, counted from the address. */
+int dt_cpu_check(dt_cpu *device, void *address, size_t *nbytes, int64_t *offset);
+
+/* Queue a copy of ranges that do not overlap. host_free: the source may be reused on return, or,
+ * after DT_CPU_LATE, once the copy is done. */
+int dt_cpu_copy(dt_cpu_stream *stream, void *dst, const void *src, size_t nbytes, int host_free,
+                int64_t limit_ns);
+/* Queue `count` repetitions of `width` (1, 2, 4, 8, 16) bytes. */
+int dt_cpu_fill(dt_cpu_stream *stream, void *dst, const void *pattern, size_t width, size_t count);
+
+/* Streams. Lower priorities go first. */
+int dt_cpu_stream_new(dt_cpu *device, int priority, dt_cpu_stream **stream);
+int dt_cpu_stream_destroy(dt_cpu_stream *stream);
+/* DT_CPU_LATE while something is queued. */
+int dt_cpu_stream_done(dt_cpu_stream *stream, dt_cpu_failure *failure);
+int dt_cpu_stream_synchronize(dt_cpu_stream *stream, int64_t limit_ns, dt_cpu_failure *failure);
+/* Wait for the event as last recorded; it may be another device's. */
+int dt_cpu_stream_wait(dt_cpu_stream *stream, dt_cpu_event *event);
+
+/* Events. DT_CPU_LATE while not done. */
+int dt_cpu_event_new(dt_cpu *device, int timing, dt_cpu_event **event);
+int dt_cpu_event_destroy(dt_cpu_event *event);
+int dt_cpu_event_record(dt_cpu_event *event, dt_cpu_stream *stream);
+int dt_cpu_event_done(dt_cpu_event *event);
+int dt_cpu_event_synchronize(dt_cpu_event *event, int64_t limit_ns);
+/* DT_CPU_INVALID unless it was made for timing, recorded, and is done. */
+int dt_cpu_event_time(dt_cpu_event *event, int64_t *at_ns);
+
+/* Kernels. Blocks first .. first + count - 1 of the grid, counted with x fastest, are to be run;
+ * arguments[i] is the address of the i-th argument. 0 or a positive code, 1 for out of memory. */
+typedef struct {
+    uint32_t grid[3];
+    uint32_t block[3];
+    uint32_t shared; /* bytes of dynamic shared memory */
+    uint32_t reserved;
+    uint64_t first;
+    uint64_t count;
+} dt_cpu_range;
+typedef int (*dt_cpu_kernel)(const dt_cpu_range *range, void **arguments);
+
+/* Load a shared object. DT_CPU_REJECTED: the loader's words are in `message`. */
+int dt_cpu_module_load(dt_cpu *device, const void *code, size_t nbytes, dt_cpu_module **module,
+                       char *message, size_t room);
+/* What was queued still runs. */
+int dt_cpu_module_unload(dt_cpu *device, dt_cpu_module *module);
+/* The kernel that the module exports as dt_cpu_SYMBOL; DT_CPU_INVALID when it exports none. The
+ * same symbol gives the same function, which lives as long as the module. */
+int dt_cpu_function_find(dt_cpu *device, dt_cpu_module *module, const char *symbol,
+                         dt_cpu_function **function);
+/* The bytes of each argument, negative for pointers; before the first launch. DT_CPU_INVALID when
+ * other sizes were told before. */
+int dt_cpu_function_arguments(dt_cpu_function *function, const int32_t *sizes, size_t count);
+/* Queue a kernel; everything is read before the call returns. */
+int dt_cpu_launch(void *function, const uint32_t grid[3], const uint32_t block[3], uint32_t shared,
+                  void *stream, void **arguments);
+
 #ifdef __cplusplus
 }
 #endif

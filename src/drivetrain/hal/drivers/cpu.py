@@ -9,7 +9,14 @@ from pathlib import Path
 
 from drivetrain.errors import BadInput, HalError
 from drivetrain.hal import cgroup
-from drivetrain.hal.driver import Capabilities, DeviceInfo, Driver, Isolation, hidden_from_all
+from drivetrain.hal.driver import (
+    Backend,
+    Capabilities,
+    DeviceInfo,
+    Driver,
+    Isolation,
+    hidden_from_all,
+)
 from drivetrain.hal.telemetry import Telemetry, host
 
 # --- names ---------------------------------------------------------------------------------------
@@ -17,6 +24,7 @@ from drivetrain.hal.telemetry import Telemetry, host
 NAME = "cpu"
 PARTITIONS = "DRIVETRAIN_CPU_PARTITIONS"
 MEMORY_DOMAIN = "host"
+GROUPS = frozenset({"compute", "managed", "peer", "pinned", "timing"})
 
 _VENDORS = {"GenuineIntel": "intel", "AuthenticAMD": "amd", "HygonGenuine": "hygon", "0x41": "arm"}
 _FEATURES = {
@@ -274,6 +282,16 @@ def probe(info: DeviceInfo) -> None:
         raise HalError("wrong result of an addition", code="wrong", driver=NAME, device=info.uuid)
 
 
+# --- open ----------------------------------------------------------------------------------------
+
+
+def open_device(info: DeviceInfo) -> Backend:
+    """Threads on the device's cores, ready for work. Raises HalError."""
+    from drivetrain.hal.drivers import cpu_backend
+
+    return cpu_backend.Cpu(info)
+
+
 DRIVER = Driver(
     name=NAME,
     vendor="host",
@@ -281,5 +299,7 @@ DRIVER = Driver(
     discover=discover,
     telemetry=telemetry,
     probe=probe,
+    open=open_device,
     in_process=True,
+    groups=GROUPS,
 )
