@@ -577,9 +577,11 @@ def all_the_dynamic_shared_memory(t: Bench) -> Any:
 
 
 @check
-def the_launchers_address_is_cuLaunchKernel(t: Bench) -> None:
-    abi, where = t.b.launcher()
-    assert abi == LaunchAbi.CUDA
+def the_addresses_for_c_are_the_drivers(t: Bench) -> None:
+    calls = t.b.calls()
+    assert calls.abi == LaunchAbi.CUDA
+    assert all((calls.launch, calls.record, calls.context, calls.get_context, calls.set_context))
+    where = calls.launch
     uint, ptr = ctypes.c_uint, ctypes.c_void_p
     launch = ctypes.CFUNCTYPE(ctypes.c_int, ptr, *(uint,) * 7, ptr, ptr, ptr)(where)
     with t.memory(4) as memory:
