@@ -24,7 +24,7 @@ from drivetrain.hal.wire import info_from_json, info_to_json
 FAULTS = "DRIVETRAIN_FAULT_DISCOVERY"
 
 
-def _own_output() -> int:
+def own_output() -> int:
     """The parent's pipe; whatever else writes to standard output now writes to standard error."""
     pipe = os.dup(1)
     os.dup2(2, 1)
@@ -34,7 +34,7 @@ def _own_output() -> int:
 _PR_SET_PDEATHSIG = 1
 
 
-def _settle() -> None:
+def settle() -> None:
     """No core file when a library crashes, and no life after the parent's."""
     try:
         import resource
@@ -111,8 +111,8 @@ def _act(action: str, driver: Driver, facts: str) -> Any:
 
 def main(arguments: list[str]) -> NoReturn:
     action, name, *rest = arguments
-    pipe = _own_output()
-    _settle()
+    pipe = own_output()
+    settle()
     answer: dict[str, Any]
     try:
         _inject(name, pipe)

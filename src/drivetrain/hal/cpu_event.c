@@ -212,7 +212,7 @@ int dt_cpu_event_synchronize(dt_cpu_event *event, int64_t limit_ns) {
             break;
         }
         if (spent < DT_SPIN_NS) {
-            for (int i = 0; i < 16; i++) dt_relax();
+            for (int i = 0; i < 4; i++) dt_relax();
             continue;
         }
         uint32_t open = MARK_OPEN;

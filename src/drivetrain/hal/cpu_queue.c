@@ -201,14 +201,17 @@ void dt_stream_append(dt_cpu *device, dt_cpu_stream *stream, dt_command *command
     if (idle) notify(device, 1);
 }
 
-/* With the mutex held: one more is finished; whether callers are to be woken. */
-static int count_finished(dt_cpu_stream *stream) {
+/* By whoever has the stream, without the mutex: one more is finished. A caller that waits says for
+ * how many, looks again, and sleeps; both in this order, so that one of the two sees the other. */
+static void count_finished(dt_cpu *device, dt_cpu_stream *stream) {
     uint64_t finished = atomic_load_explicit(&stream->finished, memory_order_relaxed) + 1;
-    atomic_store_explicit(&stream->finished, finished, memory_order_release);
-    if (finished < stream->wake_at) return 0;
-    stream->wake_at = UINT64_MAX;
+    atomic_store(&stream->finished, finished);
+    if (finished < atomic_load(&stream->wake_at)) return;
+    pthread_mutex_lock(&device->mutex);
+    atomic_store(&stream->wake_at, UINT64_MAX);
     atomic_fetch_add(&stream->signal, 1);
-    return 1;
+    pthread_mutex_unlock(&device->mutex);
+    dt_wake(&stream->signal, UINT_MAX);
 }
 
 /* With the mutex held: nothing is left to do on the stream. */
@@ -310,7 +313,7 @@ static int take_parts(dt_cpu *device, dt_command *command) {
 }
 
 /* 1: done, 0: others go on with it. */
-static int execute(dt_cpu *device, dt_cpu_stream *stream, dt_command *command, int dropping) {
+static int execute(dt_cpu *device, dt_cpu_stream *stream, dt_command *command) {
     switch (command->kind) {
     case DT_RECORD:
         dt_mark_signal(command->as.mark);
@@ -323,7 +326,7 @@ static int execute(dt_cpu *device, dt_cpu_stream *stream, dt_command *command, i
     default:
         break;
     }
-    if (dropping) return 1;
+    if (atomic_load_explicit(&device->dropping, memory_order_relaxed)) return 1;
     plan(device, command);
     atomic_store(&command->taken, 0);
     command->users = 1;
@@ -354,38 +357,66 @@ static void note_failure(dt_cpu_stream *stream, const dt_command *command, int c
              range->grid[2]);
 }
 
-/* With the mutex held, which it gives back. `done`: the stream's first command is done already. */
-static void run_stream(dt_cpu *device, dt_cpu_stream *stream, int done) {
-    for (int in_a_row = 0;; in_a_row++) {
-        dt_command *command = stream->first;
-        if (!command) {
-            rest(device, stream);
-            break;
-        }
-        if (!done && in_a_row >= IN_A_ROW && (device->ready || device->jobs)) {
-            push_ready(device, stream);
-            break;
-        }
-        int dropping = device->dropping;
-        pthread_mutex_unlock(&device->mutex);
-        if (!done && !execute(device, stream, command, dropping)) return;
-        done = 0;
-        int code = atomic_load(&command->code);
-        if (code) {
+/* With the mutex held: the next few commands become the stream's batch, which belongs to whoever
+ * has the stream. */
+static void take_batch(dt_cpu_stream *stream) {
+    dt_command *last = stream->first;
+    for (int i = 1; i < IN_A_ROW && last->next; i++) last = last->next;
+    stream->batch = stream->first;
+    stream->first = last->next;
+    if (!stream->first) stream->last = NULL;
+    last->next = NULL;
+}
+
+/* With the mutex held. */
+static void give_spent_back(dt_cpu *device, dt_command *spent) {
+    while (spent) {
+        dt_command *next = spent->next;
+        command_free(device, spent);
+        spent = next;
+    }
+}
+
+/* Do the stream's batch. 1: it is done, 0: somebody else goes on with it. `done`: its first command
+ * is done already. The commands that were used up in *spent. */
+static int do_batch(dt_cpu *device, dt_cpu_stream *stream, int done, dt_command **spent) {
+    for (dt_command *command; (command = stream->batch); done = 0) {
+        if (!done && !execute(device, stream, command)) return 0;
+        if (atomic_load(&command->code)) {
             pthread_mutex_lock(&device->mutex);
-            note_failure(stream, command, code);
+            note_failure(stream, command, atomic_load(&command->code));
             pthread_mutex_unlock(&device->mutex);
         }
         command_release(command);
-        pthread_mutex_lock(&device->mutex);
-        stream->first = command->next;
-        if (!stream->first) stream->last = NULL;
-        command_free(device, command);
-        if (count_finished(stream)) {
-            pthread_mutex_unlock(&device->mutex);
-            dt_wake(&stream->signal, UINT_MAX);
-            pthread_mutex_lock(&device->mutex);
+        stream->batch = command->next;
+        command->next = *spent;
+        *spent = command;
+        count_finished(device, stream);
+    }
+    return 1;
+}
+
+/* With the mutex held, which it gives back. `done`: the first command of its batch is done. */
+static void run_stream(dt_cpu *device, dt_cpu_stream *stream, int done) {
+    for (int again = 0;; again = 1) {
+        dt_command *spent = NULL;
+        if (!stream->batch) {
+            if (!stream->first) {
+                rest(device, stream);
+                break;
+            }
+            if (again && (device->ready || device->jobs)) {
+                push_ready(device, stream);
+                break;
+            }
+            take_batch(stream);
         }
+        pthread_mutex_unlock(&device->mutex);
+        int mine = do_batch(device, stream, done, &spent);
+        done = 0;
+        pthread_mutex_lock(&device->mutex);
+        give_spent_back(device, spent);
+        if (!mine) break;
     }
     pthread_mutex_unlock(&device->mutex);
 }
@@ -417,19 +448,19 @@ static void set_up_thread(const dt_cpu *device) {
     pthread_setname_np(pthread_self(), "drivetrain-cpu");
 }
 
-/* Look for a short while, then sleep. What is found while looking makes the next look longer. */
+/* Look for a short while, then sleep. What is found while looking makes the next look longer. Few
+ * look at a time: the caller and whoever else runs here need the cores. */
 static void wait_for_work(dt_cpu *device, uint32_t seen, int64_t *spin_ns) {
-    int64_t until = dt_now_ns() + *spin_ns;
-    atomic_fetch_add(&device->spinning, 1);
-    int found;
-    while (!(found = atomic_load(&device->sequence) != seen) && dt_now_ns() < until)
-        for (int i = 0; i < 16; i++) dt_relax();
-    atomic_fetch_sub(&device->spinning, 1);
-    if (found) {
-        *spin_ns = *spin_ns * 2 < DT_SPIN_NS ? *spin_ns * 2 : DT_SPIN_NS;
-        return;
+    int found = 0;
+    if (atomic_fetch_add(&device->spinning, 1) < device->lookers) {
+        int64_t until = dt_now_ns() + *spin_ns;
+        while (!(found = atomic_load(&device->sequence) != seen) && dt_now_ns() < until)
+            for (int i = 0; i < 4; i++) dt_relax();
+        if (found) *spin_ns = *spin_ns * 2 < DT_SPIN_NS ? *spin_ns * 2 : DT_SPIN_NS;
+        else if (*spin_ns / 2 >= SHORTEST_SPIN_NS) *spin_ns /= 2;
     }
-    if (*spin_ns / 2 >= SHORTEST_SPIN_NS) *spin_ns /= 2;
+    atomic_fetch_sub(&device->spinning, 1);
+    if (found) return;
     atomic_fetch_add(&device->sleeping, 1);
     dt_sleep(&device->sequence, seen, -1);
     atomic_fetch_sub(&device->sleeping, 1);
@@ -524,7 +555,12 @@ static dt_cpu *device_shell(void) {
     if (device) return device;
     device = calloc(1, sizeof *device);
     if (!device) return NULL;
-    pthread_mutex_init(&device->mutex, NULL);
+    /* Held for well under a microsecond: looking again is cheaper than sleeping. */
+    pthread_mutexattr_t attributes;
+    pthread_mutexattr_init(&attributes);
+    pthread_mutexattr_settype(&attributes, PTHREAD_MUTEX_ADAPTIVE_NP);
+    pthread_mutex_init(&device->mutex, &attributes);
+    pthread_mutexattr_destroy(&attributes);
     pthread_mutex_init(&device->memory.mutex, NULL);
     device->closed = 1;
     return device;
@@ -565,9 +601,11 @@ dt_cpu *dt_cpu_open(const int *cores, size_t count, unsigned threads, int guards
     atomic_store(&device->memory.allowance, 0);
     pthread_mutex_unlock(&device->memory.mutex);
     atomic_store(&device->generation, atomic_load(&dt_generation));
-    device->dropping = device->stop = device->failed = 0;
+    atomic_store(&device->dropping, 0);
+    device->stop = device->failed = 0;
     device->threads = 0;
     device->core_count = count;
+    device->lookers = threads / 4 ? threads / 4 : 1;
     if (device->cores && count) memcpy(device->cores, cores, count * sizeof *cores);
     pthread_mutex_unlock(&device->mutex);
     if (device->cores && device->thread) start_workers(device, threads);
@@ -602,9 +640,7 @@ int dt_cpu_close(dt_cpu *device, int64_t limit_ns) {
     device->closed = 1;
     pthread_mutex_unlock(&device->mutex);
     if (!became_idle(device, limit_ns)) {
-        pthread_mutex_lock(&device->mutex);
-        device->dropping = 1;
-        pthread_mutex_unlock(&device->mutex);
+        atomic_store(&device->dropping, 1);
         if (!became_idle(device, limit_ns / 4)) return DT_CPU_LATE;
     }
     stop_workers(device);
@@ -647,7 +683,7 @@ static int wait_finished(dt_cpu *device, dt_cpu_stream *stream, uint64_t target,
     if (limit_ns > 0 && limit_ns < DT_SPIN_NS) spin = began + limit_ns;
     while (atomic_load_explicit(&stream->finished, memory_order_acquire) < target &&
            dt_now_ns() < spin)
-        for (int i = 0; i < 16; i++) dt_relax();
+        for (int i = 0; i < 4; i++) dt_relax();
     pthread_mutex_lock(&device->mutex);
     while (atomic_load_explicit(&stream->finished, memory_order_acquire) < target) {
         int64_t left = limit_ns < 0 ? -1 : limit_ns - (dt_now_ns() - began);
@@ -655,10 +691,10 @@ static int wait_finished(dt_cpu *device, dt_cpu_stream *stream, uint64_t target,
             status = DT_CPU_LATE;
             break;
         }
-        if (target < stream->wake_at) stream->wake_at = target;
+        if (target < atomic_load(&stream->wake_at)) atomic_store(&stream->wake_at, target);
         uint32_t seen = atomic_load(&stream->signal);
         pthread_mutex_unlock(&device->mutex);
-        dt_sleep(&stream->signal, seen, left);
+        if (atomic_load(&stream->finished) < target) dt_sleep(&stream->signal, seen, left);
         pthread_mutex_lock(&device->mutex);
     }
     stream->users--;
@@ -696,7 +732,8 @@ int dt_cpu_stream_new(dt_cpu *device, int priority, dt_cpu_stream **stream) {
     made->users = 0;
     made->queued = 0;
     atomic_store(&made->finished, 0);
-    made->wake_at = UINT64_MAX;
+    made->batch = NULL;
+    atomic_store(&made->wake_at, UINT64_MAX);
     made->before = NULL;
     made->after = device->streams;
     if (made->after) made->after->before = made;
@@ -792,12 +829,12 @@ static void caller_takes(dt_cpu *device, dt_cpu_stream *stream) {
 }
 
 static void caller_did(dt_cpu *device, dt_cpu_stream *stream) {
+    count_finished(device, stream);
     pthread_mutex_lock(&device->mutex);
-    int wake = count_finished(stream), more = stream->first != NULL;
+    int more = stream->first != NULL;
     if (more) push_ready(device, stream);
     else rest(device, stream);
     pthread_mutex_unlock(&device->mutex);
-    if (wake) dt_wake(&stream->signal, UINT_MAX);
     if (more) notify(device, 1);
 }
 

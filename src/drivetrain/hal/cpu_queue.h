@@ -133,13 +133,14 @@ struct dt_cpu_stream {
     dt_cpu_stream *before, *after; /* of the device's streams */
     dt_cpu_stream *next_ready, *next_waiting;
     dt_command *first, *last;
+    dt_command *batch; /* taken from them by whoever has the stream */
     int priority;
     int scheduled; /* ready, run, or waiting for a mark: somebody will see to it */
     int destroyed;
     unsigned users; /* callers that wait inside */
     uint64_t queued;
     _Atomic uint64_t finished;
-    uint64_t wake_at;         /* the callers are woken when so many are finished */
+    _Atomic uint64_t wake_at; /* the callers are woken when so many are finished */
     _Atomic uint32_t signal;
     int failed;
     dt_cpu_failure failure;
@@ -157,7 +158,7 @@ struct dt_cpu {
     pthread_mutex_t mutex;
     _Atomic uint32_t generation; /* of the process, counted by forks */
     int closed;          /* refuses new work */
-    int dropping;        /* work that has not begun is dropped */
+    _Atomic int dropping; /* work that has not begun is dropped */
     int stop;            /* the workers end */
     dt_cpu_stream *streams;
     dt_cpu_event *events;
@@ -177,7 +178,7 @@ struct dt_cpu {
     dt_cpu *next_free;
     int *cores;
     size_t core_count;
-    unsigned threads;
+    unsigned threads, lookers;
     pthread_t *thread;
 };
 

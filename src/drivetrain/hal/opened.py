@@ -81,6 +81,8 @@ class Opened:
         self.calls = _calls(backend)
         """What C calls directly; see ``hot.h``."""
         self.stagings: dict[Opened, Staging] = {}
+        self.capturing: set[int] = set()
+        """Streams of which a graph is being captured: nothing else may be queued there."""
         self.closed = False
         self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._keepers: weakref.WeakSet[KeepsByStream] = weakref.WeakSet()

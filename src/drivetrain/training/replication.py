@@ -3,8 +3,9 @@
 At a step boundary the small, boundary-bound part (buffers, generators, loader position,
 ``run.vars``, ``extra``) is copied at once. Parameters and optimizer state do not change until the
 next optimizer step, so they are copied by a thread during the next forward and backward; the
-optimizer's pre-hook waits for it. Two slots in shared memory take turns, and a slot counts only
-once its sequence number was closed last.
+optimizer's pre-hook waits for it. Where that takes less time than a thread costs (a small state in
+host memory), they are copied at once too. Two slots in shared memory take turns, and a slot counts
+only once its sequence number was closed last.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import queue
 import statistics
 import threading
 import time
@@ -34,6 +36,8 @@ from drivetrain.runtime.agent import Agent
 from drivetrain.store.crash import crash_point
 
 _TARGET_COST = 0.01
+_AIM = 0.8  # of the target: a copy also leaves colder caches, which nobody measures
+_AT_ONCE = 1 << 20  # bytes: 0.1 ms, where a thread that takes a core from torch's can cost a slice
 _MAX_GAP_S = 10.0
 _COST_SAMPLES = 9
 _META_SPARE = 1 << 16
@@ -49,7 +53,8 @@ def choose_interval(cost_s: float, step_s: float, loop_s: float = 0.0) -> int:
     """
     if step_s <= 0:
         return 1
-    room = max(_TARGET_COST * step_s - loop_s, 0.1 * _TARGET_COST * step_s)
+    target_s = _AIM * _TARGET_COST * step_s
+    room = max(target_s - loop_s, 0.1 * target_s)
     least = max(1, math.ceil(cost_s / room))
     cap = max(1, int(_MAX_GAP_S / step_s))
     return min(least, cap)
@@ -94,7 +99,9 @@ class Replicator:
         self._split = 0
         self._window: list[torch.Tensor] = []
         self._together = False
-        self._thread: threading.Thread | None = None
+        self._copier = _Copier()
+        self._copying = False
+        self._settled = False
         self._failure: BaseException | None = None
         self._waited_s = 0.0
         self._thread_s = 0.0
@@ -122,6 +129,8 @@ class Replicator:
         first = next((i for i, spec in enumerate(specs) if spec.window), len(specs))
         self._window = tensors[first:]
         self._split = self._plan.offsets[first] if first < len(specs) else self._plan.nbytes
+        if self._state.device.type == "cpu" and self._plan.nbytes - self._split <= _AT_ONCE:
+            self._together = True
         facts, tree = now.facts, now.tree
         capacity = 2 * (len(facts) + len(tree)) + _META_SPARE + 32 * (chunks(self._plan.nbytes))
         if self._given and self._adopt(capacity):
@@ -205,7 +214,8 @@ class Replicator:
         self.wait()
         now = self._describe()
         facts, tree = now.facts, now.tree
-        if not self._takes(now):
+        fits = self._takes(now)
+        if not fits:
             self._prepare(now)
             if not self.enabled:
                 return
@@ -263,12 +273,11 @@ class Replicator:
             copy_window()
             self._check()
         else:
-            self._thread = threading.Thread(
-                target=copy_window, name="drivetrain-replica", daemon=True
-            )
-            self._thread.start()
+            self._copying = True
+            self._copier.begin(copy_window)
         self._main_s = time.perf_counter() - began
-        if together and self._together:
+        self._settled = fits  # a first one in new slots costs more than those to come
+        if together and self._together and fits:
             self._costs.append(self._main_s)
 
     def _takes(self, now: Snapshot) -> bool:
@@ -280,16 +289,16 @@ class Replicator:
 
     def wait(self) -> None:
         """Wait until the running copy is done: the optimizer's pre-hook, and every boundary."""
-        thread = self._thread
-        if thread is None:
+        if not self._copying:
             return
         began = time.perf_counter()
-        thread.join()
-        self._thread = None
+        self._copier.wait()
+        self._copying = False
         self._waited_s = time.perf_counter() - began
         self._check()
         busy = self._thread_s if self._state.device.type == "cpu" else 0.0
-        self._costs.append(self._main_s + max(self._waited_s, busy))
+        if self._settled:
+            self._costs.append(self._main_s + max(self._waited_s, busy))
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -345,6 +354,7 @@ class Replicator:
         try:
             self.wait()
         finally:
+            self._copier.close()
             checkpointing = self._checkpointing
             if checkpointing is not None:
                 checkpointing.join()
@@ -352,6 +362,40 @@ class Replicator:
             for slot in (*self._slots, *self._retired):
                 slot.close()
             self._slots, self._retired = [], []
+
+
+class _Copier:
+    """A thread that does one thing after another: starting one for each copy would make the
+    training wait until it runs."""
+
+    def __init__(self) -> None:
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Begin ``work``, which raises nothing; ``wait`` for it before the next."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, name="drivetrain-replica", daemon=True
+            )
+            self._thread.start()
+        self._work.put(work)
+
+    def wait(self) -> None:
+        self._done.get()
+
+    def close(self) -> None:
+        if self._thread is not None:
+            self._work.put(None)
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+            del work  # it holds the state's tensors
+            self._done.put(None)
 
 
 def save_checkpoint(

@@ -150,9 +150,10 @@ class StepGuard:
         if self._cuda_generator is not None:
             generator = self._cuda_generator
             self._cuda = (generator.initial_seed(), generator.get_offset())
-        with torch.no_grad():
-            for live, saved in self._groups:
-                torch._foreach_copy_(saved, live)
+        if self._groups:
+            with torch.no_grad():
+                for live, saved in self._groups:
+                    torch._foreach_copy_(saved, live)
         self._gradients = None
         if gradients:
             self._gradients = [
@@ -185,6 +186,11 @@ def _cuda_generator(device: torch.device) -> torch.Generator | None:
     return torch.cuda.default_generators[device.index or 0]
 
 
+def _memory(address: int, nbytes: int) -> memoryview:
+    """A view of memory that somebody else keeps."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
 class _PythonGenerator:
     """The state of ``random``, read in full (slow) only when its bits in memory have changed.
 
@@ -196,25 +202,26 @@ class _PythonGenerator:
 
     def __init__(self) -> None:
         self._source: Any = getattr(random, "_inst", None)
-        self._address = id(self._source) + object.__basicsize__
-        self._key: Any = None
+        self._bits = memoryview(b"")
+        self._gauss: Any = None
+        self._was = b""
         self._known: Any = None
         self._found = sys.implementation.name == "cpython" and self._is_there()
 
     def _is_there(self) -> bool:
         if self._source is None or type(self._source).__basicsize__ < 16 + self._BYTES:
             return False
-        words = struct.unpack("625I", ctypes.string_at(self._address, self._BYTES))
+        self._bits = _memory(id(self._source) + object.__basicsize__, self._BYTES)
+        words = struct.unpack("625I", self._bits)
         return bool((*words[1:], words[0]) == self._source.getstate()[1])
 
     def state(self) -> Any:
         if not self._found:
             return random.getstate()
-        bits = ctypes.string_at(self._address, self._BYTES)
-        key = (bits, self._source.gauss_next)
-        if key != self._key:
+        bits, gauss = self._bits.tobytes(), self._source.gauss_next
+        if self._known is None or bits != self._was or gauss != self._gauss:
             self._known = random.getstate()
-            self._key = key
+            self._was, self._gauss = bits, gauss
         return self._known
 
 
@@ -228,15 +235,20 @@ class _NumpyGenerator:
     _BYTES = 2500  # 624 words and a position
 
     def __init__(self) -> None:
-        self._bits = b""
+        self._generator: Any = None  # kept, and so its memory too
+        self._bits = memoryview(b"")
+        self._was = b""
         self._known: Any = None
 
     def state(self) -> Any:
         generator: Any = np.random.mtrand.get_bit_generator()
-        if type(generator).__name__ != "MT19937":
-            return np.random.get_state()
-        bits = ctypes.string_at(generator.ctypes.state_address, self._BYTES)
-        if self._known is None or bits != self._bits or self._known[3]:
+        if generator is not self._generator:
+            if type(generator).__name__ != "MT19937":
+                return np.random.get_state()
+            self._bits = _memory(generator.ctypes.state_address, self._BYTES)
+            self._generator, self._known = generator, None
+        bits = self._bits.tobytes()
+        if self._known is None or bits != self._was or self._known[3]:
             self._known = np.random.get_state()
-            self._bits = bits
+            self._was = bits
         return self._known

@@ -65,7 +65,7 @@ typedef struct Fault { char name[64]; int nth, code; } Fault;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static Device devices[MOST_DEVICES];
-static int device_count, initialised, driver_version = 13000, reversed, attributes_off[256];
+static int released, device_count, initialised, driver_version = 13000, reversed, attributes_off[256];
 static uint64_t memory_bytes = (uint64_t)1 << 30;
 static unsigned delay_us;
 static Allocation *allocations;
@@ -90,6 +90,20 @@ void fake_fail(const char *name, int nth, int code) {
     for (int i = 0; i < 128; i++) /* counted from now on */
         if (!strcmp(counts[i].name, name)) counts[i].count = 0;
     pthread_mutex_unlock(&lock);
+}
+void fake_release(int on) {
+    pthread_mutex_lock(&lock);
+    released = on;
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
+}
+int fake_retained(int index) { return devices[index].retained; }
+int fake_streams(void) {
+    int found = 0;
+    pthread_mutex_lock(&lock);
+    for (Stream *s = streams; s; s = s->next) found += !s->destroyed;
+    pthread_mutex_unlock(&lock);
+    return found;
 }
 void fake_version(int version) { driver_version = version; }
 void fake_reverse(int on) { reversed = on; }
@@ -208,6 +222,10 @@ static int run_kernel(Device *d, Op *op) {
         pthread_mutex_unlock(&lock);
         usleep((useconds_t)(ptr / 1000));
         pthread_mutex_lock(&lock);
+        return OK;
+    }
+    if (!strcmp(name, "hold")) { /* until the test lets it go */
+        while (!released) pthread_cond_wait(&changed, &lock);
         return OK;
     }
     if (!strcmp(name, "stray")) return ILLEGAL_ADDRESS;

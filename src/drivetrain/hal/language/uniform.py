@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from drivetrain.hal.language.inline import waits_for
 from drivetrain.hal.language.tree import (
     AddressOf,
     Assign,
@@ -71,7 +72,7 @@ class Wait:
 
     line: int
     scope: str
-    """``block`` or ``warp``."""
+    """``block``, ``warp``, or ``call``: inside a function that could not be made a part."""
     control: Control
 
 
@@ -216,6 +217,8 @@ class _Walk:
             self.store(expr.target, self.facts.of(expr.target), control)
         elif isinstance(expr, Intrinsic) and expr.name.startswith(("shfl", "vote")):
             self.facts.waits.append(Wait(expr.line, "warp", control))
+        elif isinstance(expr, Call) and waits_for(expr.function):
+            self.facts.waits.append(Wait(expr.line, "call", control))
 
     def test(self, expr: Expr, what: str) -> Control:
         return Control(self.facts.of(expr), expr.line, what)

@@ -1,0 +1,173 @@
+"""Graphs: what is captured does not happen, and happens each time it is launched."""
+
+from __future__ import annotations
+
+from drivetrain.errors import BadInput
+from drivetrain.hal.conformance.check import check, expect
+from drivetrain.hal.conformance.work import (
+    NEW,
+    OLD,
+    busy,
+    data,
+    holding,
+    read,
+    refused,
+    same,
+)
+from drivetrain.hal.device import Device
+
+
+@check()
+def capture_does_nothing(device: Device) -> None:
+    """What is captured does not happen."""
+    stream = device.stream()
+    buffer, source = (holding(device, stream, each * 1000) for each in (OLD, NEW))
+    with stream.capture() as graph:
+        buffer.copy_from(source, stream=stream)
+        source.fill(OLD, stream=stream)
+    device.synchronize()
+    same(read(buffer, stream), OLD * 1000, "the destination of a captured copy")
+    same(read(source, stream), NEW * 1000, "what a captured fill would have filled")
+    graph.close()
+
+
+@check()
+def launch_does_all(device: Device) -> None:
+    """A launch does all that was captured, in its order, the last command too."""
+    stream = device.stream()
+    first, second, third = (holding(device, stream, OLD * 1000) for _ in range(3))
+    with stream.capture() as graph:
+        first.fill(NEW, stream=stream)
+        second.copy_from(first, stream=stream)
+        first.fill(b"\x01", stream=stream)
+        third.copy_from(second, stream=stream)
+    graph.launch(stream)
+    for buffer, wanted, name in ((first, b"\x01", "first"), (second, NEW, "2nd"), (third, NEW, "")):
+        same(read(buffer, stream), wanted * 1000, f"{name or 'the last'} buffer of a graph")
+
+
+@check()
+def launched_again(device: Device) -> None:
+    """A graph can be launched many times, on any stream, in that stream's order."""
+    stream, other = device.stream(), device.stream()
+    source, target = (holding(device, stream, OLD * 1000) for _ in range(2))
+    with stream.capture() as graph:
+        target.copy_from(source, stream=stream)
+    for number in range(20):
+        on = stream if number % 2 else other
+        if number % 5 == 0:
+            busy(device, on, 0.3)
+        source.fill(bytes([number]), stream=on)
+        graph.launch(on)
+        same(read(target, on), bytes([number]) * 1000, f"launch {number} of a graph")
+
+
+@check()
+def host_memory(device: Device) -> None:
+    """Copies from and to the host in a graph read and write at each launch."""
+    stream = device.stream()
+    host, out = bytearray(data(500, 1)), bytearray(500)
+    buffer = holding(device, stream, OLD * 500)
+    with stream.capture() as graph:
+        buffer.copy_from(host, stream=stream)
+        buffer.copy_to(out, stream=stream)
+    for seed in (2, 3):
+        host[:] = data(500, seed)
+        graph.launch(stream)
+        stream.synchronize()
+        same(bytes(out), data(500, seed), "a copy through the device in a graph")
+
+
+@check()
+def closed_buffer(device: Device) -> None:
+    """A graph whose buffer is closed is refused, and so is a closed graph."""
+    stream = device.stream()
+    buffer = holding(device, stream, OLD * 100)
+    with stream.capture() as graph:
+        buffer.fill(NEW, stream=stream)
+    buffer.close()
+    refused("a graph with a closed buffer", lambda: graph.launch(stream))
+    graph.close()
+    refused("a closed graph", lambda: graph.launch(stream))
+
+
+@check()
+def broken_capture(device: Device) -> None:
+    """An error while capturing leaves the stream usable and the graph refused."""
+    stream = device.stream()
+    buffer = holding(device, stream, OLD * 100)
+    try:
+        with stream.capture() as graph:
+            buffer.fill(NEW, stream=stream)
+            raise KeyError("the caller's own")
+    except KeyError:
+        pass
+    same(read(buffer, stream), OLD * 100, "after a capture that was left with an error")
+    refused("the graph of a broken capture", lambda: graph.launch(stream))
+    with stream.capture() as graph:
+        buffer.fill(NEW, stream=stream)
+    graph.launch(stream)
+    same(read(buffer, stream), NEW * 100, "a graph captured after a broken one")
+
+
+@check()
+def nothing_else_while_capturing(device: Device) -> None:
+    """While a stream is captured, waiting for it and closing it are refused; others work."""
+    stream, other = device.stream(), device.stream()
+    buffer = holding(device, stream, OLD * 100)
+    with stream.capture() as graph:
+        buffer.fill(NEW, stream=stream)
+        refused("synchronize while capturing", stream.synchronize)
+        refused("close while capturing", stream.close)
+        same(read(holding(device, other, data(1000)), other), data(1000), "work of another stream")
+    graph.launch(stream)
+    same(read(buffer, stream), NEW * 100, "the graph")
+
+
+@check()
+def memory_of_others(device: Device) -> None:
+    """While a stream is captured, another one gets memory that the first let go."""
+    stream, other = device.stream(), device.stream()
+    buffer = holding(device, stream, OLD * 100)
+    holding(device, stream, OLD * (8 << 20)).close()
+    with stream.capture() as graph:
+        buffer.fill(NEW, stream=stream)
+        with device.alloc(8 << 20, stream=other) as taken:
+            taken.fill(NEW, stream=other)
+            same(read(taken, other), NEW * (8 << 20), "a buffer allocated during a capture")
+    graph.launch(stream)
+    same(read(buffer, stream), NEW * 100, "the graph")
+
+
+@check()
+def many_commands(device: Device) -> None:
+    """A graph of 1,000 commands does them all."""
+    stream = device.stream()
+    buffer = holding(device, stream, OLD * 1000)
+    with stream.capture() as graph:
+        for at in range(1000):
+            buffer.view(at, 1).fill(bytes([at % 251]), stream=stream)
+    graph.launch(stream)
+    wanted = bytes(at % 251 for at in range(1000))
+    same(read(buffer, stream), wanted, "a graph of 1,000 fills")
+
+
+@check()
+def not_twice(device: Device) -> None:
+    """A stream that is captured cannot be captured again, nor launch a graph."""
+    stream = device.stream()
+    buffer = holding(device, stream, OLD * 100)
+    with stream.capture() as graph:
+        buffer.fill(NEW, stream=stream)
+
+    def again() -> None:
+        with stream.capture():
+            pass
+
+    with stream.capture() as outer:
+        refused("a capture in a capture", again, BadInput)
+        refused("a launch into a capture", lambda: graph.launch(stream))
+        buffer.fill(b"\x05", stream=stream)
+    outer.launch(stream)
+    found = read(buffer, stream)
+    expect(found == b"\x05" * 100, "the graph that was captured in spite of that is wrong")

@@ -1,0 +1,182 @@
+"""What checks do to a device: bytes that are known, work that takes a while, what must be refused."""
+
+from __future__ import annotations
+
+import random
+import time
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from drivetrain import hal
+from drivetrain.errors import BadInput
+from drivetrain.hal.conformance.check import Failed, expect
+from drivetrain.hal.kinds import Kind
+from drivetrain.hal.opened import Opened, opened
+from drivetrain.hal.resource import DriverMemory
+
+if TYPE_CHECKING:
+    from drivetrain.hal.device import Device
+    from drivetrain.hal.driver import Backend
+    from drivetrain.hal.memory import Buffer
+    from drivetrain.hal.stream import Stream
+
+OLD, NEW = b"\x11", b"\x77"
+BUSY_S = 0.12
+_SCRATCH_BYTES = 32 << 20
+_MOST_FILLS = 20_000
+
+
+def backend(device: Device) -> Backend:
+    """The driver itself, for promises that the objects above it would hide."""
+    return opened(device).backend
+
+
+def data(nbytes: int, seed: int = 1) -> bytes:
+    """Bytes without a pattern, the same each time."""
+    return random.Random(seed).randbytes(nbytes)
+
+
+def read(buffer: Buffer, stream: Stream) -> bytes:
+    """The buffer's bytes, after all that is queued on ``stream``."""
+    found = bytearray(buffer.nbytes)
+    buffer.copy_to(found, stream=stream)
+    stream.synchronize()
+    return bytes(found)
+
+
+def holding(device: Device, stream: Stream, content: bytes) -> Buffer:
+    """A buffer with these bytes in it already."""
+    buffer = device.alloc(len(content), stream=stream)
+    buffer.copy_from(content, stream=stream)
+    stream.synchronize()
+    return buffer
+
+
+def same(found: bytes, wanted: bytes, what: str) -> None:
+    """Raises Failed naming the first byte that differs."""
+    if found == wanted:
+        return
+    if len(found) != len(wanted):
+        raise Failed(f"{what}: {len(found)} bytes, {len(wanted)} were expected")
+    at = next(i for i in range(len(wanted)) if found[i] != wanted[i])
+    raise Failed(
+        f"{what}: byte {at} of {len(wanted)} is {found[at]:#04x}, {wanted[at]:#04x} was expected"
+    )
+
+
+def driver_memory(device: Device, kind: Kind = Kind.DEVICE) -> DriverMemory:
+    """Memory straight from the driver, without the pool."""
+    return DriverMemory(opened(device), kind)
+
+
+def second(device: Device) -> Device:
+    """Another device of the same driver."""
+    return next(d for d in hal.devices(device.driver) if d.address != device.address)
+
+
+def stranger(device: Device) -> Device:
+    """A device of another driver, or another one of this: the simulated one."""
+    return next(d for d in hal.devices("simulated") if d.address != device.address)
+
+
+def refused(what: str, call: Callable[[], Any], kind: type[Exception] = BadInput) -> None:
+    """Raises Failed when ``call`` succeeds or raises something else."""
+    try:
+        call()
+    except kind:
+        return
+    except Exception as error:
+        wanted = kind.__name__
+        raise Failed(f"{what}: {type(error).__name__} ({error}), not {wanted}") from error
+    raise Failed(f"{what}: it was accepted; {kind.__name__} was expected")
+
+
+# -- work that takes a while ----------------------------------------------------------------------
+
+_busy: weakref.WeakKeyDictionary[Opened, tuple[Buffer, int]] = weakref.WeakKeyDictionary()
+
+
+def busy(device: Device, stream: Stream, times: float = 1.0) -> None:
+    """Queue work of some 0.1 s (or ``times`` as much), so that what follows comes late."""
+    here = opened(device)
+    known = _busy.get(here)
+    if known is None:
+        known = _busy[here] = _calibrated(device)
+    scratch, fills = known
+    for _ in range(max(1, int(fills * times))):
+        scratch.fill(b"\xa5", stream=stream)
+
+
+def _calibrated(device: Device) -> tuple[Buffer, int]:
+    """A buffer, and how often it must be filled. All ways of waiting are used: one may lie."""
+    stream = device.stream()
+    total = max(backend(device).memory()[1], 1 << 20)
+    scratch = device.alloc(min(_SCRATCH_BYTES, total // 16), stream=stream)
+    fills = 1
+    while True:
+        began = time.perf_counter()
+        for _ in range(fills):
+            scratch.fill(b"\xa5", stream=stream)
+        event = stream.record()
+        stream.synchronize()
+        event.synchronize()
+        while not (event.done and stream.done):
+            time.sleep(0.001)
+        seconds = time.perf_counter() - began
+        if seconds > BUSY_S / 4 or fills >= _MOST_FILLS:
+            return scratch, max(1, min(_MOST_FILLS, round(fills * BUSY_S / seconds)))
+        fills *= 2
+
+
+def written_late(device: Device, stream: Stream, nbytes: int = 4096) -> Buffer:
+    """A buffer full of OLD, on whose way to NEW ``stream`` has a lot to do first."""
+    buffer = device.alloc(nbytes, stream=stream)
+    buffer.fill(OLD, stream=stream)
+    stream.synchronize()
+    busy(device, stream)
+    buffer.fill(NEW, stream=stream)
+    return buffer
+
+
+def is_new(buffer: Buffer, stream: Stream, why: str) -> None:
+    """Read through ``stream``: all is NEW, or else ``why``."""
+    found = read(buffer, stream)
+    expect(found == NEW * buffer.nbytes, f"{why}: {found.count(OLD)} of {len(found)} bytes are old")
+
+
+# -- the driver, watched --------------------------------------------------------------------------
+
+
+class Watched:
+    """A backend that counts the calls that reach it."""
+
+    def __init__(self, inner: Backend) -> None:
+        self._inner = inner
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._inner, name)
+        if not callable(value):
+            return value
+
+        def called(*arguments: Any) -> Any:
+            self.calls.append(name)
+            return value(*arguments)
+
+        return called
+
+
+def refused_early(
+    device: Device, what: str, call: Callable[[], Any], kind: type[Exception] = BadInput
+) -> None:
+    """`refused`, and the driver was not called."""
+    here = opened(device)
+    inner = here.backend
+    watched = Watched(inner)
+    here.backend = watched  # type: ignore[assignment]
+    try:
+        refused(what, call, kind)
+    finally:
+        here.backend = inner
+    expect(not watched.calls, f"{what}: the driver was called before it was refused")

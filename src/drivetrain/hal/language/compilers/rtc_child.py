@@ -1,0 +1,169 @@
+"""NVRTC or hiprtc, in a process of its own: reads ``job.json`` here, writes ``result.json``.
+
+Run as a script by `rtc.py`; it imports nothing of the package. Both libraries have the same
+functions under two prefixes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+_OK = 0
+
+
+def _function(library: ctypes.CDLL, name: str, *types: Any) -> Any:
+    found = getattr(library, name)
+    found.argtypes, found.restype = types, ctypes.c_int
+    return found
+
+
+class _Rtc:
+    def __init__(self, job: dict[str, Any]) -> None:
+        for path in job["preload"]:
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+        self.library = ctypes.CDLL(job["library"])
+        self.prefix: str = job["prefix"]
+        self.failed = ""
+
+    def has(self, name: str) -> bool:
+        return hasattr(self.library, self.prefix + name)
+
+    def call(self, name: str, *arguments: Any, types: tuple[Any, ...]) -> int:
+        status = int(_function(self.library, self.prefix + name, *types)(*arguments))
+        if status != _OK and not self.failed:
+            self.failed = self.prefix + name
+        return status
+
+    def word(self, status: int) -> str:
+        found = getattr(self.library, self.prefix + "GetErrorString")
+        found.argtypes, found.restype = (ctypes.c_int,), ctypes.c_char_p
+        text = found(status)
+        return text.decode(errors="replace") if text else str(status)
+
+    def blob(self, program: ctypes.c_void_p, name: str) -> bytes:
+        """What ``Get<name>Size`` and ``Get<name>`` give; empty where there is none."""
+        if not self.has(f"Get{name}"):
+            return b""
+        size = ctypes.c_size_t()
+        reference = ctypes.POINTER(ctypes.c_size_t)
+        types: tuple[Any, ...] = (ctypes.c_void_p, reference)
+        getter = _function(self.library, f"{self.prefix}Get{name}Size", *types)
+        if getter(program, ctypes.byref(size)) != _OK or not size.value:
+            return b""
+        data = ctypes.create_string_buffer(size.value)
+        getter = _function(
+            self.library, f"{self.prefix}Get{name}", ctypes.c_void_p, ctypes.c_char_p
+        )
+        return data.raw if getter(program, data) == _OK else b""
+
+    def architectures(self) -> list[int]:
+        """Numbers as in ``sm_90``; empty when the library cannot tell (before 11.2)."""
+        if not self.has("GetSupportedArchs"):
+            return []
+        count, reference = ctypes.c_int(), ctypes.POINTER(ctypes.c_int)
+        if self.call("GetNumSupportedArchs", ctypes.byref(count), types=(reference,)) != _OK:
+            return []
+        found = (ctypes.c_int * count.value)()
+        if self.call("GetSupportedArchs", found, types=(reference,)) != _OK:
+            return []
+        return list(found)
+
+    def version(self) -> list[int]:
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        reference = ctypes.POINTER(ctypes.c_int)
+        pair = (ctypes.byref(major), ctypes.byref(minor))
+        self.call("Version", *pair, types=(reference, reference))
+        return [major.value, minor.value]
+
+
+def _architecture(asked: str, known: list[int]) -> str:
+    """The option's value for ``sm_90``: real where the library knows it, else the next virtual."""
+    if not asked.startswith("sm_"):
+        return asked
+    number = int("".join(c for c in asked if c.isdigit()))
+    if number in known:
+        return asked
+    older = [arch for arch in known if arch < number]
+    if known and not older:
+        return ""
+    return f"compute_{max(older) if older else number}"
+
+
+def _headers(rtc: _Rtc, job: dict[str, Any]) -> list[str]:
+    """Options for the headers that come inside NVRTC, from 13.3; none when there are none."""
+    if not job["bundled"] or not rtc.has("InstallBundledHeaders"):
+        return []
+    said = ctypes.c_char_p()
+    types = (ctypes.c_char_p, ctypes.c_uint, ctypes.POINTER(ctypes.c_char_p))
+    folder = Path("headers").resolve()
+    where = str(folder).encode()
+    if rtc.call("InstallBundledHeaders", where, 0, ctypes.byref(said), types=types) != _OK:
+        rtc.failed = ""
+        return []
+    return [f"--include-path={folder}", f"--include-path={folder / 'cccl'}"]
+
+
+def _compile(job: dict[str, Any]) -> dict[str, Any]:
+    rtc = _Rtc(job)
+    result: dict[str, Any] = {"version": rtc.version(), "known": rtc.architectures()}
+    arch = _architecture(job["arch"], result["known"])
+    result["arch"] = arch
+    if not arch:
+        return {**result, "status": 5, "word": "architecture", "log": ""}
+    options = [*job["options"], *_headers(rtc, job), f"--gpu-architecture={arch}"]
+    program = ctypes.c_void_p()
+    names = list(job["headers"])
+    texts = (ctypes.c_char_p * len(names))(*[job["headers"][name].encode() for name in names])
+    files = (ctypes.c_char_p * len(names))(*[name.encode() for name in names])
+    strings = ctypes.POINTER(ctypes.c_char_p)
+    source, name = job["text"].encode(), job["name"].encode()
+    status = rtc.call(
+        "CreateProgram",
+        *(ctypes.byref(program), source, name, len(names), texts, files),
+        types=(
+            *(ctypes.POINTER(ctypes.c_void_p), ctypes.c_char_p, ctypes.c_char_p),
+            *(ctypes.c_int, strings, strings),
+        ),
+    )
+    for expression in job["names"] if status == _OK else ():
+        types: tuple[Any, ...] = (ctypes.c_void_p, ctypes.c_char_p)
+        status = status or rtc.call("AddNameExpression", program, expression.encode(), types=types)
+    if status == _OK:
+        given = (ctypes.c_char_p * len(options))(*[option.encode() for option in options])
+        types = (ctypes.c_void_p, ctypes.c_int, strings)
+        status = rtc.call("CompileProgram", program, len(options), given, types=types)
+        log = rtc.blob(program, "ProgramLog")
+        result["log"] = log.rstrip(b"\0").decode(errors="replace")
+    if status == _OK:
+        symbols: dict[str, str] = {}
+        for expression in job["names"]:
+            found = ctypes.c_char_p()
+            types = (ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_char_p))
+            pair = (expression.encode(), ctypes.byref(found))
+            status = status or rtc.call("GetLoweredName", program, *pair, types=types)
+            symbols[expression] = (found.value or b"").decode()
+        result["symbols"] = symbols
+        for form, kind in job["blobs"].items():
+            data = rtc.blob(program, kind)
+            # Freed only with the process: a library that fails at its end has answered by then.
+            Path(f"code.{form}").write_bytes(data.rstrip(b"\0") if form == "ptx" else data)
+    return {"log": "", **result, "status": status, "word": rtc.word(status), "call": rtc.failed}
+
+
+def main() -> None:
+    job = json.loads(Path("job.json").read_text(encoding="utf-8"))
+    try:
+        result = _compile(job)
+    except (OSError, AttributeError) as error:
+        result = {"unusable": str(error)}
+    Path("result.new").write_text(json.dumps(result), encoding="utf-8")
+    Path("result.new").rename("result.json")
+
+
+if __name__ == "__main__":
+    main()
+    sys.stdout.flush()
