@@ -1,4 +1,4 @@
-"""What checks do to a device: bytes that are known, work that takes a while, what must be refused."""
+"""What checks do to a device: known bytes, work that takes a while, what must be refused."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import weakref
+from typing import Literal
 
 from drivetrain import hal
 from drivetrain.hal.conformance.check import check, expect
@@ -104,7 +105,7 @@ def module(device: Device) -> Module:
     return found
 
 
-def _ints(buffer: Buffer, stream: Stream, code: str = "i") -> list[int]:
+def _ints(buffer: Buffer, stream: Stream, code: Literal["i", "I", "q"] = "i") -> list[int]:
     return list(memoryview(read(buffer, stream)).cast(code))
 
 

@@ -88,6 +88,14 @@ def opened_again(device: Device) -> None:
 @check()
 def dead_objects(device: Device) -> None:
     """Objects of a device that was closed are refused or do nothing; they do not crash."""
+    dead = _used_after_closing(device)
+    anew = device.stream()
+    del dead
+    gc.collect()
+    same(read(holding(device, anew, data(1000)), anew), data(1000), "the device, opened again")
+
+
+def _used_after_closing(device: Device) -> tuple[object, ...]:
     stream = device.stream()
     buffer = holding(device, stream, OLD * 100)
     event = stream.record()
@@ -101,10 +109,7 @@ def dead_objects(device: Device) -> None:
     refused("synchronize", stream.synchronize, DrivetrainError)
     refused("event", lambda: event.done, DrivetrainError)
     refused("launch", lambda: graph.launch(stream), DrivetrainError)
-    anew = device.stream()
-    del buffer, event, graph, stream
-    gc.collect()
-    same(read(holding(device, anew, data(1000)), anew), data(1000), "the device, opened again")
+    return stream, buffer, event, graph
 
 
 @check(OWN_MEMORY)

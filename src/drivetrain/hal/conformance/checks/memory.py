@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from itertools import pairwise
 
 from drivetrain.errors import HalError, OutOfMemory
 from drivetrain.hal.conformance.check import CHECKED_ADDRESSES, OWN_MEMORY, check, expect
@@ -55,7 +56,7 @@ def apart(device: Device) -> None:
     for number, buffer in enumerate(held):
         same(read(buffer, stream), data(buffer.nbytes, number), f"allocation {number}")
     spans = sorted((buffer.ptr, buffer.nbytes) for buffer in held)
-    for (first, nbytes), (after, _) in zip(spans, spans[1:], strict=False):
+    for (first, nbytes), (after, _) in pairwise(spans):
         expect(first + nbytes <= after, f"{nbytes} bytes at {first:#x} overlap those at {after:#x}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from drivetrain.hal.conformance.check import check, expect
 from drivetrain.hal.conformance.work import (
     NEW,
@@ -25,7 +27,7 @@ def one_stream(device: Device) -> None:
     busy(device, stream)
     for number in range(32):
         buffers[0].fill(bytes([number]), stream=stream)
-        for before, after in zip(buffers, buffers[1:], strict=False):
+        for before, after in pairwise(buffers):
             after.copy_from(before, stream=stream)
     buffers[0].fill(OLD, stream=stream)
     same(read(buffers[-1], stream), bytes([31]) * 10_000, "the last of a chain of copies")
@@ -148,7 +150,7 @@ def many_streams(device: Device) -> None:
     """A chain over 16 streams, each waiting for the one before, gives the last one's bytes."""
     streams = [device.stream() for _ in range(16)]
     buffer = written_late(device, streams[0], 1000)
-    for number, (before, stream) in enumerate(zip(streams, streams[1:], strict=False)):
+    for number, (before, stream) in enumerate(pairwise(streams)):
         stream.wait(before)
         buffer.fill(bytes([number]), stream=stream)
     same(read(buffer, streams[-1]), bytes([14]) * 1000, "the end of a chain of 16 streams")
