@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from drivetrain.hal.language.inline import waits_for
+from drivetrain.hal.language.tokens import wrong
 from drivetrain.hal.language.tree import (
     AddressOf,
     Assign,
@@ -46,7 +47,10 @@ from drivetrain.hal.language.tree import (
     walk,
 )
 
-__all__ = ["DIVERGENT", "UNIFORM", "UNKNOWN", "Control", "Uniformity", "Wait", "uniformity"]
+__all__ = [
+    "DIVERGENT", "UNIFORM", "UNKNOWN", "Control", "Uniformity", "Wait", "refuse_divergent",
+    "uniformity",
+]  # fmt: skip
 
 UNIFORM, UNKNOWN, DIVERGENT = 0, 1, 2
 
@@ -284,3 +288,23 @@ def _leaving(control: Control, line: int, what: str) -> Control:
 def uniformity(function: Function) -> Uniformity:
     """Levels of all variables of a kernel, and its places to wait."""
     return _Walk(function).facts
+
+
+def refuse_divergent(facts: Uniformity) -> None:
+    """Raise CompileError for a barrier that only some threads of a block would reach.
+
+    CUDA leaves it undefined, and devices hang or go on with half-written shared memory. A condition
+    that is read from memory may be the same for all, and is left to the user.
+    """
+    for wait in facts.waits:
+        if wait.scope == "block" and wait.control.level == DIVERGENT:
+            what, line = wait.control.what, wait.control.line
+            how = f"behind the {what} of" if what in _LEAVING else f"under the {what} of"
+            raise wrong(
+                wait.line,
+                f"__syncthreads() is not reached by all threads of the block: it stands {how} "
+                f"line {line}, which depends on the thread",
+            )
+
+
+_LEAVING = ("return", "break", "continue")
