@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from drivetrain.errors import BadInput, HalError
+from drivetrain.errors import BadInput, DeviceLost, HalError
 
 if TYPE_CHECKING:
     from drivetrain.hal.device import Device
@@ -34,20 +34,40 @@ class Graph:
         self._launches: list[Launch] = []
         self._buffers: list[Buffer] = []
         self._kept: list[object] = []
+        self._before = 0
 
     # -- capture -------------------------------------------------------------------------------
 
     def _begin(self, stream: Stream) -> None:
         if self.native:
-            self._opened.backend.graph_begin(stream.handle)
+            self._before = self._opened.take_event()
+            try:
+                self._opened.backend.event_record(self._before, stream.handle)
+                self._opened.backend.graph_begin(stream.handle)
+            except HalError:
+                self._captured()
+                raise
+
+    def _wait_before(self) -> None:
+        """Wait for what was queued on the stream before the capture; no event can be recorded
+        there now."""
+        if self._before:
+            self._opened.wait_for(self._before, "close")
+
+    def _captured(self) -> None:
+        before, self._before = self._before, 0
+        if before:
+            self._opened.give_event(before)
 
     def _end(self, stream: Stream) -> None:
+        self._captured()
         if self.native:
             self._handle = self._opened.backend.graph_end(stream.handle)
         self._ready = True
 
     def _abandon(self, stream: Stream) -> None:
         self._closed = True
+        self._captured()
         if self.native:
             try:
                 handle = self._opened.backend.graph_end(stream.handle)
@@ -140,7 +160,10 @@ class Graph:
         self._closed = True
         handle, self._handle = self._handle, 0
         if handle and not self._opened.closed:
-            self._opened.backend.graph_destroy(handle)
+            try:
+                self._opened.backend.graph_destroy(handle)
+            except DeviceLost:
+                pass  # nothing is left to give back
         self._commands, self._launches, self._buffers, self._kept = [], [], [], []
 
     def __del__(self) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 from typing import TYPE_CHECKING, Any
 
-from drivetrain.errors import BadInput, HalError
+from drivetrain.errors import BadInput, DeviceLost, HalError
 from drivetrain.hal.hot import BufferCore
 from drivetrain.hal.kinds import Kind as MemoryKind
 from drivetrain.hal.kinds import MemoryInfo, Way
+from drivetrain.hal.opened import wait_limit_s
 from drivetrain.hal.pool import Pool
-from drivetrain.hal.stream import check_capturing
+from drivetrain.hal.stream import check_capturing, late
 
 if TYPE_CHECKING:
     from drivetrain.hal.device import Device
@@ -108,10 +109,14 @@ class Buffer(BufferCore):
             return
         home = self._home
         assert home is not None
-        handle, waits = home._give_back(self._users)
-        for event in self._waits or ():
-            event.synchronize()
-        resource.deallocate(ptr, self.nbytes, handle, waits)
+        try:
+            handle, waits = home._give_back(self._users)
+            for event in self._waits or ():
+                event.synchronize()
+            if handle:
+                resource.deallocate(ptr, self.nbytes, handle, waits)
+        except DeviceLost:
+            pass  # its memory is gone with it
 
     def __enter__(self) -> Buffer:
         return self
@@ -161,8 +166,9 @@ class Buffer(BufferCore):
             root._settle()
             return
         for stream in (self._home, *(self._users or ())):
-            if stream is not None and stream.handle:
-                stream.synchronize()
+            behind = stream._behind() if stream is not None else 0
+            if behind and not self._opened.backend.stream_synchronize(behind, wait_limit_s()):
+                raise late(self._opened, "buffer", wait_limit_s())
         for event in self._waits or ():
             event.synchronize()
 

@@ -82,7 +82,7 @@ class Opened:
         """What C calls directly; see ``hot.h``."""
         self.stagings: dict[Opened, Staging] = {}
         self.capturing: set[int] = set()
-        """Streams of which a graph is being captured: nothing else may be queued there."""
+        """Streams of which the driver captures a graph: nothing else may be queued there."""
         self.closed = False
         self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._keepers: weakref.WeakSet[KeepsByStream] = weakref.WeakSet()
@@ -141,6 +141,14 @@ class Opened:
         """From now on ``keeper`` is told of each stream that ends."""
         with self.lock:
             self._keepers.add(keeper)
+
+    def wait_for(self, event: int, op: str) -> None:
+        """Wait, on the host, for an event of the backend. Raises Timeout."""
+        from drivetrain.hal.stream import late
+
+        limit = wait_limit_s()
+        if not self.backend.event_synchronize(event, limit):
+            raise late(self, op, limit)
 
     def take_event(self, timing: bool = False) -> int:
         """An event of the backend, from those given back or new."""

@@ -256,7 +256,7 @@ class Pool:
     def _borrowed(self, size: int, stream: int) -> _Block | None:
         """A block that another stream let go: ``stream`` waits for that stream's work so far."""
         for other, small in list(self._free):
-            if other == stream or small != (size <= _SMALL):
+            if other == stream or small != (size <= _SMALL) or other in self.opened.capturing:
                 continue
             block = self._fitting(size, other)
             if block is not None:
@@ -313,12 +313,23 @@ class Pool:
             device=device.address,
         )
 
+    def _blocks_of(self, streams: set[int]) -> list[_Block]:
+        """Free blocks of streams on which no event can be recorded now."""
+        return [
+            block
+            for (stream, _), listed in self._free.items()
+            if stream in streams
+            for block in listed
+        ]
+
     def _trim(self, keep: int) -> int:
         """Give segments back whose blocks are all free."""
         self._settle()
         given = 0
         whole: dict[int, list[_Block]] = {}
+        capturing = self.opened.capturing
         busy = {id(block.segment) for block in self._used.values()}
+        busy |= {id(b.segment) for b in self._blocks_of(capturing)} if capturing else set()
         for listed in self._free.values():
             for block in listed:
                 if id(block.segment) not in busy:

@@ -96,8 +96,12 @@ class DriverMemory:
 
     def deallocate(self, ptr: int, nbytes: int, stream: int, waits: tuple[int, ...]) -> None:
         backend = self.opened.backend
+        capturing = stream in self.opened.capturing
         for event in waits:
-            backend.stream_wait(stream, event)
+            if capturing:
+                self.opened.wait_for(event, "free")
+            else:
+                backend.stream_wait(stream, event)
             self.opened.give_event(event)
         with self._lock:
             self._bytes -= self._sizes.pop(ptr)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from drivetrain.errors import BadInput, HalError, Timeout
+from drivetrain.errors import BadInput, DeviceLost, HalError, Timeout
 from drivetrain.hal.hot import StreamCore
 from drivetrain.hal.kinds import Way
 from drivetrain.hal.opened import wait_limit_s
@@ -51,7 +51,7 @@ class Event:
         DRIVETRAIN_WAIT_LIMIT_S, 600)."""
         limit = _limit(timeout)
         if not self._opened.backend.event_synchronize(self._handle, limit):
-            raise _late(self._opened, "event.synchronize", limit)
+            raise late(self._opened, "event.synchronize", limit)
 
     def seconds_since(self, start: Event) -> float:
         """Seconds on the device between ``start`` and this event; both must be done."""
@@ -111,14 +111,17 @@ class Stream(StreamCore):
         if self._graph is not None:
             raise BadInput("close: the stream is being captured; leave the `with` block first")
         opened = self._opened
-        heir = opened.inner_stream("heir")
-        heir.wait(self)
-        heir._keep(self._kept)
-        self._kept = []
-        self._heir, self.handle = heir, 0
-        opened.forget_stream(handle, heir.handle)
-        if self._owner is None:
-            opened.backend.stream_destroy(handle)
+        try:
+            heir = opened.inner_stream("heir")
+            heir.wait(self)
+            heir._keep(self._kept)
+            self._kept = []
+            self._heir, self.handle = heir, 0
+            opened.forget_stream(handle, heir.handle)
+            if self._owner is None:
+                opened.backend.stream_destroy(handle)
+        except DeviceLost:
+            self._kept, self.handle = [], 0  # nothing of it is left to let go of
         self._owner = None
 
     def __del__(self) -> None:
@@ -188,7 +191,7 @@ class Stream(StreamCore):
         if self._graph is not None:
             raise BadInput("synchronize: the stream is being captured; nothing has happened yet")
         if not self._opened.backend.stream_synchronize(self._alive("synchronize"), limit):
-            raise _late(self._opened, "stream.synchronize", limit)
+            raise late(self._opened, "stream.synchronize", limit)
         self._kept.clear()
 
     @property
@@ -213,6 +216,9 @@ class Stream(StreamCore):
             raise BadInput("capture: the stream is being captured already")
         graph = Graph(self._opened)
         graph._begin(self)
+        handle = self.handle
+        if graph.native:
+            self._opened.capturing.add(handle)
         self._graph = graph
         try:
             yield graph
@@ -220,8 +226,11 @@ class Stream(StreamCore):
             self._graph = None
             graph._abandon(self)
             raise
-        self._graph = None
-        graph._end(self)
+        else:
+            self._graph = None
+            graph._end(self)
+        finally:
+            self._opened.capturing.discard(handle)
 
     # -- what buffers and kernels queue --------------------------------------------------------
 
@@ -265,23 +274,31 @@ class Stream(StreamCore):
 
     def _give_back(self, users: set[Stream] | None) -> tuple[int, tuple[int, ...]]:
         """(the handle to free on, events that must be done first) for a buffer of this stream."""
-        if not self.handle:
-            assert self._heir is not None
-            handle = self._heir.handle
-        else:
-            handle = self.handle
+        handle = self._behind()
         if not users:
             return handle, ()
-        waits = []
+        waits: dict[int, int] = {}
         for user in users:
-            if user.handle and user.handle != handle and user._opened is self._opened:
-                event = self._opened.take_event()
-                self._opened.backend.event_record(event, user.handle)
-                waits.append(event)
-        return handle, tuple(waits)
+            if user._opened is not self._opened:
+                continue
+            if user._graph is not None and user._graph.native:
+                user._graph._wait_before()
+                continue
+            behind = user._behind()
+            if behind and behind != handle and behind not in waits:
+                event = waits[behind] = self._opened.take_event()
+                self._opened.backend.event_record(event, behind)
+        return handle, tuple(waits.values())
+
+    def _behind(self) -> int:
+        """The handle behind which all that was queued here is done: its own, or its heir's; 0 when
+        the device is gone."""
+        if self.handle or self._heir is None:
+            return self.handle
+        return self._heir.handle
 
 
-def _late(opened: Opened, op: str, limit_s: float) -> Timeout:
+def late(opened: Opened, op: str, limit_s: float) -> Timeout:
     device = opened.device
     return Timeout(
         f"{op}: the work queued on {device.address} was not done within {limit_s:g} s; it goes on. "

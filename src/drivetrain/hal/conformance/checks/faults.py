@@ -65,7 +65,8 @@ def other_streams_go_on(device: Device) -> None:
     device.synchronize()
     _inject(device, "work:1:error")
     buffer.fill(b"\0", stream=stream)
-    while not stream.record().done:
+    behind = stream.record()
+    while not behind.done:
         time.sleep(0.001)
     other.synchronize()
     expect(other.done, "the other stream is not done")
