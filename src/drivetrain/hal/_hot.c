@@ -6,6 +6,7 @@
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
+#include <stdatomic.h>
 #include <stddef.h>
 #include <structmember.h>
 
@@ -18,7 +19,12 @@ static PyTypeObject *buffer_class;  /* drivetrain.hal.memory.Buffer */
 static PyObject *device_kind;       /* MemoryKind.DEVICE */
 static PyObject *slow_alloc, *slow_launch;
 static PyTypeObject *buffer_core, *stream_core, *lists_type;
+static _Atomic int watched; /* 1: launches go through Python; 2: allocations and events too */
 static PyObject *name_stream, *name_kind, *name_pool, *name_shared, *name_close;
+
+static inline int watching(int level) {
+    return __builtin_expect(atomic_load_explicit(&watched, memory_order_relaxed) >= level, 0);
+}
 
 /* -- FreeLists -------------------------------------------------------------------------------- */
 
@@ -172,7 +178,7 @@ static PyObject *stream_calls(StreamCore *self, PyObject *value) {
 static PyObject *stream_record(StreamCore *self, PyObject *event) {
     unsigned long long handle = PyLong_AsUnsignedLongLong(event);
     if (handle == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
-    if (!self->calls.record || !self->handle || (self->graph && self->graph != Py_None))
+    if (watching(2) || !self->calls.record || !self->handle || (self->graph && self->graph != Py_None))
         Py_RETURN_FALSE;
     return PyBool_FromLong(!dt_record(&self->calls, (void *)(uintptr_t)handle,
                                       (void *)(uintptr_t)self->handle));
@@ -245,7 +251,7 @@ static int is_open(BufferCore *self) {
 /* Gives the memory back to its pool's lists. 1: done; 0: the slow way must. */
 static int give_back(BufferCore *self) {
     StreamCore *home = (StreamCore *)self->home;
-    if (!there(self->resource) || !there(self->home) || !home->handle ||
+    if (watching(2) || !there(self->resource) || !there(self->home) || !home->handle ||
         self->resource != home->pool || there(self->users) || there(self->waits))
         return 0;
     FreeLists *lists = (FreeLists *)home->lists;
@@ -350,7 +356,7 @@ static PyObject *alloc(PyObject *module, PyObject *const *args, Py_ssize_t count
                 usual &= name == name_pool && value == Py_None;
             }
         }
-        if (usual && stream && stream->device == args[0] && there(stream->lists) && queues(stream)) {
+        if (usual && !watching(2) && stream && stream->device == args[0] && there(stream->lists) && queues(stream)) {
             unsigned long long nbytes = PyLong_AsUnsignedLongLong(args[1]);
             uint64_t ptr = 0;
             if (nbytes == (unsigned long long)-1 && PyErr_Occurred()) PyErr_Clear();
@@ -500,7 +506,7 @@ static PyObject *kernel_call(PyObject *object, PyObject *const *args, size_t fla
                              PyObject *names) {
     KernelCore *self = (KernelCore *)object;
     Py_ssize_t count = PyVectorcall_NARGS(flags);
-    if (self->calls.abi && count == (Py_ssize_t)self->count + 3 &&
+    if (self->calls.abi && !watching(1) && count == (Py_ssize_t)self->count + 3 &&
         PyObject_TypeCheck(args[0], stream_core)) {
         StreamCore *stream = (StreamCore *)args[0];
         uint32_t grid[3], block[3], shared = 0;
@@ -631,7 +637,7 @@ static PyObject *plan_call(PyObject *object, PyObject *const *args, size_t flags
         PyErr_SetString(PyExc_TypeError, "a plan takes no arguments; change them with set");
         return NULL;
     }
-    if (!self->kernel->calls.abi || !queues(self->stream)) return plan_slow(self);
+    if (watching(1) || !self->kernel->calls.abi || !queues(self->stream)) return plan_slow(self);
     for (Py_ssize_t i = 0; i < self->count; i++) {
         BufferCore *buffer = (BufferCore *)self->buffers[i];
         if (!is_open(buffer) || (buffer->home != (PyObject *)self->stream &&
@@ -751,8 +757,17 @@ static PyObject *bind(PyObject *module, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+/* watch(level): from 1 on launches go through Python, from 2 on allocations and events too. */
+static PyObject *watch(PyObject *module, PyObject *level) {
+    long value = PyLong_AsLong(level);
+    if (value == -1 && PyErr_Occurred()) return NULL;
+    atomic_store_explicit(&watched, (int)value, memory_order_relaxed);
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
     {"bind", bind, METH_VARARGS, NULL},
+    {"watch", watch, METH_O, NULL},
     {"alloc", (PyCFunction)(void (*)(void))alloc, METH_FASTCALL | METH_KEYWORDS,
      "alloc(nbytes, *, stream, kind=MemoryKind.DEVICE, pool=None) -> Buffer of memory, usable on "
      "stream from here on. From the device's caching pool, or from pool. The contents are "

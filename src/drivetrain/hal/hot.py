@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         StreamCore,
         alloc_method,
         bind,
+        watch,
     )
 
     BACKEND = "python"
@@ -39,7 +40,7 @@ else:
         from drivetrain.hal import _hot_twin as _module
     FreeLists, StreamCore, BufferCore = _module.FreeLists, _module.StreamCore, _module.BufferCore
     KernelCore, PlanCore = _module.KernelCore, _module.PlanCore
-    alloc_method, bind = _module.alloc_method, _module.bind
+    alloc_method, bind, watch = _module.alloc_method, _module.bind, _module.watch
 
 __all__ = [
     "BACKEND",
@@ -50,4 +51,5 @@ __all__ = [
     "StreamCore",
     "alloc_method",
     "bind",
+    "watch",
 ]
