@@ -11,7 +11,8 @@ GENERATED = "<drivetrain>"
 """The file that emitted code without a line of the user's belongs to."""
 
 _LARGEST_LOG = 64 << 10
-# kernel.cu(12): error: ... | kernel.cu:12:5: error: ... | <kernel>:12:5: error: ... | 12:5: error: ...
+# kernel.cu(12): error: ... | kernel.cu:12:5: error: ... | <kernel>:12:5: error: ... |
+# 12:5: error: ...
 _PLACE = re.compile(
     r"^[ \t]*(?P<file>[^\s():][^():\n]*?)?(?:\((?P<nvrtc>\d+)\)|:?(?P<line>\d+):(?P<column>\d+))"
     r":\s*(?P<message>(?:fatal |catastrophic )?(?:error|warning|note|remark)\b.*)$",

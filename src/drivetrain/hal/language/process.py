@@ -142,8 +142,8 @@ def run(
                 pass
             process.wait()
     finally:
-        speech = [_tail(path) for path in (out, err)]
-    return Ended(status, *speech, limit)
+        said, complained = _tail(out), _tail(err)
+    return Ended(status, said, complained, limit)
 
 
 def _waited(process: subprocess.Popen[bytes], deadline: float) -> int | None:

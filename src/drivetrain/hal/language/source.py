@@ -1,4 +1,4 @@
-"""What a kernel is written in: CUDA C, Triton, OpenCL C, or code that some compiler made already."""
+"""What a kernel is written in: CUDA C, Triton, OpenCL C, or code that exists already."""
 
 from __future__ import annotations
 
@@ -95,11 +95,11 @@ class Source:
     ) -> Source:
         """A Triton kernel, compiled without a device, for CUDA and HIP targets.
 
-        ``fn`` is a function, decorated by ``triton.jit`` or not. Its source text is taken here, with
-        that of the functions it calls, and compiled elsewhere in a namespace of its own. So both may
-        name: ``triton`` and its modules under any name, Triton's own functions, other functions of
-        which the source is known, and numbers, strings, booleans and ``tl.constexpr`` of the
-        module; nothing else, and nothing of an enclosing function.
+        ``fn`` is a function, decorated by ``triton.jit`` or not. Its source text is taken here,
+        with that of the functions it calls, and compiled elsewhere in a namespace of its own. So
+        both may name: ``triton`` and its modules under any name, Triton's own functions, other
+        functions of which the source is known, and numbers, strings, booleans and ``tl.constexpr``
+        of the module; nothing else, and nothing of an enclosing function.
 
         ``signature`` is each parameter's type: ``*fp32`` for a pointer, ``i32``, ``fp32``, ...;
         parameters in ``constants`` may be left out of it. ``name`` renames the kernel as errors and
@@ -238,7 +238,7 @@ def macro_value(name: str, value: Any) -> str:
 
 
 def _told(kernel: str, types: Sequence[Any]) -> KernelFacts:
-    """Facts from the types that the caller names: words, or objects with ``name`` and ``nbytes``."""
+    """Facts from the types that the caller names: words, or objects with a name and a size."""
     if not isinstance(kernel, str) or not kernel or "\0" in kernel:
         raise BadInput(f"{kernel!r} is no name of a kernel")
     sizes = {"ptr": 8, "bf16": 2, **SCALARS}

@@ -1,1 +1,1 @@
-"""One file a compiler: how it is found, told what to do, and understood. None runs in this process."""
+"""One file a compiler: how it is found, told and understood. None runs in this process."""
