@@ -14,6 +14,7 @@ from drivetrain.hal.registry import DriverInfo, device, devices, drivers
 from drivetrain.hal.telemetry import Telemetry
 
 if TYPE_CHECKING:
+    from drivetrain.hal.dlpack import from_dlpack
     from drivetrain.hal.graph import Graph
     from drivetrain.hal.kernel import (
         BF16,
@@ -36,16 +37,18 @@ if TYPE_CHECKING:
         struct_of,
     )
     from drivetrain.hal.language.source import Source
-    from drivetrain.hal.language.variants import Variants
+    from drivetrain.hal.language.variants import Variant, Variants
     from drivetrain.hal.link import Link, LinkKind
     from drivetrain.hal.memory import Buffer
     from drivetrain.hal.opened import close_all
     from drivetrain.hal.pool import Pool
     from drivetrain.hal.resource import (
+        Aligned,
         DriverMemory,
         FailureInjection,
         Limit,
         MemoryResource,
+        Statistics,
         Stats,
         Tracking,
     )
@@ -57,13 +60,15 @@ _LATE = {
         [*_TYPES.split(), "ArgType", "Kernel", "Module", "Plan", "struct_of"], "kernel"
     ),
     **dict.fromkeys(["DriverMemory", "FailureInjection", "Limit", "MemoryResource"], "resource"),
-    **dict.fromkeys(["Stats", "Tracking"], "resource"),
+    **dict.fromkeys(["Aligned", "Statistics", "Stats", "Tracking"], "resource"),
     **dict.fromkeys(["Event", "Stream"], "stream"),
     **dict.fromkeys(["Link", "LinkKind"], "link"),
     "Buffer": "memory",
+    "from_dlpack": "dlpack",
     "Graph": "graph",
     "Pool": "pool",
     "Source": "language.source",
+    "Variant": "language.variants",
     "Variants": "language.variants",
     "close_all": "opened",
 }
@@ -94,6 +99,7 @@ __all__ = [
     "U16",
     "U32",
     "U64",
+    "Aligned",
     "ArgType",
     "Buffer",
     "Capabilities",
@@ -116,14 +122,17 @@ __all__ = [
     "Plan",
     "Pool",
     "Source",
+    "Statistics",
     "Stats",
     "Stream",
     "Telemetry",
     "Tracking",
+    "Variant",
     "Variants",
     "close_all",
     "device",
     "devices",
     "drivers",
+    "from_dlpack",
     "struct_of",
 ]

@@ -167,27 +167,32 @@ def _staged(dst: Buffer, src: Buffer, stream: Stream) -> None:
             )
             staging.emptied[slot] = into.record()
 
-        while done < src.nbytes:
-            slot = staging.next
-            staging.next = (slot + 1) % SLOTS
-            size = min(chunk, src.nbytes - done)
-            emptied = staging.emptied[slot]
-            if emptied is not None:
-                out_of.wait(emptied)
-            src._opened.backend.copy(
-                base + slot * CHUNK_BYTES,
-                src.ptr + done,
-                size,
-                Way.DEVICE_TO_HOST,
-                out_of.handle,
-                False,
-            )
-            filled.append((slot, done, size, out_of.record()))
-            done += size
-            if len(filled) >= SLOTS - 1:
+        try:
+            while done < src.nbytes:
+                slot = staging.next
+                staging.next = (slot + 1) % SLOTS
+                size = min(chunk, src.nbytes - done)
+                emptied = staging.emptied[slot]
+                if emptied is not None:
+                    out_of.wait(emptied)
+                src._opened.backend.copy(
+                    base + slot * CHUNK_BYTES,
+                    src.ptr + done,
+                    size,
+                    Way.DEVICE_TO_HOST,
+                    out_of.handle,
+                    False,
+                )
+                filled.append((slot, done, size, out_of.record()))
+                done += size
+                if len(filled) >= SLOTS - 1:
+                    drain()
+            while filled:
                 drain()
-        while filled:
-            drain()
+        except BaseException:
+            for slot, _, _, event in filled:  # being written still, and never read
+                staging.emptied[slot] = event
+            raise
     dst._note(into)
     src._note(out_of)
     stream.wait(into if into is not stream else out_of)

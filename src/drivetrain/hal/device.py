@@ -171,15 +171,20 @@ class Device:
         from drivetrain.hal.memory import Buffer
         from drivetrain.hal.opened import opened
 
-        if nbytes < 0 or (nbytes and not 0 < ptr < 1 << 64):
-            raise BadInput(f"wrap: {nbytes} bytes at {ptr:#x}; give an address and a size")
-        return Buffer(opened(self), ptr, nbytes, kind, root=owner)
+        right = isinstance(ptr, int) and isinstance(nbytes, int) and 0 <= nbytes < 1 << 48
+        if not right or not (0 <= ptr < 1 << 64 and (ptr or not nbytes)):
+            raise BadInput(f"wrap: {nbytes!r} bytes at {ptr!r}; give an address and a size")
+        found = opened(self)
+        # Nobody reads nothing, but a buffer at address 0 is a closed one.
+        return Buffer(found, ptr or found.backend.alignment, nbytes, kind, root=owner)
 
     def stream(self, *, priority: int = 0) -> Stream:
         """A new stream; a lower ``priority`` goes first where the device knows priorities."""
         from drivetrain.hal.opened import opened
         from drivetrain.hal.stream import Stream
 
+        if not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
+            raise BadInput(f"stream: a priority of {priority!r}; give a small int, 0 for the usual")
         found = opened(self)
         return Stream(found, found.backend.stream_create(priority))
 
@@ -189,8 +194,8 @@ class Device:
         from drivetrain.hal.opened import opened
         from drivetrain.hal.stream import Stream
 
-        if not handle:
-            raise BadInput("wrap_stream: the handle is 0; give a stream of its own")
+        if not isinstance(handle, int) or not 0 < handle < 1 << 64:
+            raise BadInput(f"wrap_stream: a handle of {handle!r}; give a stream of its own")
         return Stream(opened(self), handle, owner=(owner,))
 
     def compile(self, source: Source, *, options: Sequence[str] = ()) -> Module:
@@ -213,9 +218,10 @@ class Device:
     def synchronize(self, timeout: float | None = None) -> None:
         """Wait until all that this process queued on the device is done. Raises Timeout after
         ``timeout`` seconds (None: the default of DRIVETRAIN_WAIT_LIMIT_S, 600)."""
-        from drivetrain.hal.opened import opened, wait_limit_s
+        from drivetrain.hal.opened import opened
+        from drivetrain.hal.stream import wait_limit
 
-        limit = wait_limit_s() if timeout is None else timeout
+        limit = wait_limit(timeout)
         if not opened(self).backend.synchronize(limit):
             raise Timeout(
                 f"the work queued on {self.address} was not done within {limit:g} s; it goes on. "

@@ -1,4 +1,7 @@
-"""The same memory for others and theirs for us: DLPack, without copies.
+"""The same memory for others and theirs for us, without copies: DLPack.
+
+`from_dlpack` takes what has ``__dlpack__``: tensors of torch, arrays of numpy, buffers. Buffers
+have it themselves (``torch.from_dlpack(buffer)``, ``numpy.from_dlpack(buffer)``).
 
 Written from the DLPack specification (version 0.8, the unversioned ``dltensor`` capsule, and the
 device types of ``dlpack.h``).
@@ -14,6 +17,7 @@ from drivetrain.hal.kinds import Kind
 
 if TYPE_CHECKING:
     from drivetrain.hal.memory import Buffer
+    from drivetrain.hal.stream import Stream
 
 CPU, CUDA, CUDA_HOST, OPENCL, ROCM, ROCM_HOST, CUDA_MANAGED, ONEAPI = 1, 2, 3, 4, 10, 11, 13, 14
 
@@ -100,6 +104,8 @@ def device_of(buffer: Buffer) -> tuple[int, int]:
         return CPU, 0
     if buffer.kind is Kind.PINNED:
         return CPU, 0  # every consumer of host memory takes it
+    if buffer.device.driver == "cuda" and buffer.kind is Kind.MANAGED:
+        return CUDA_MANAGED, buffer.device.index
     found = _DEVICES.get(buffer.device.driver)
     if found is None:
         raise BadInput(f"DLPack has no word for a device of driver {buffer.device.driver}")
@@ -194,3 +200,47 @@ def driver_of(device_type: int) -> str:
         if number == device_type:
             return driver
     raise HalError(f"DLPack device type {device_type} has no driver here", code="unsupported")
+
+
+def imported(value: Any, *, stream: Any = None) -> Imported:
+    """The tensor behind an object with ``__dlpack__`` and ``__dlpack_device__``. On a GPU, its
+    owner makes ``stream`` (the handle of ours; None: all that comes) wait for its work."""
+    try:
+        device_type, _ = value.__dlpack_device__()
+        give = value.__dlpack__
+    except AttributeError as error:
+        raise BadInput(
+            f"from_dlpack: a {type(value).__name__} has no __dlpack__; give an array or a tensor"
+        ) from error
+    try:
+        if device_type in (CPU, CUDA_HOST, ROCM_HOST):
+            return Imported(give())
+        return Imported(give(stream=stream))
+    except BufferError as error:
+        raise BadInput(f"from_dlpack: the owner does not give it: {error}") from error
+
+
+def from_dlpack(value: Any, *, stream: Stream | None = None) -> Buffer:
+    """The bytes of an array or a tensor of somebody else, as a buffer on its device that keeps it
+    alive; nothing is copied. It must be C-contiguous.
+
+    On a GPU the owner makes ``stream`` (None: its default one) wait for what it has queued. Raises
+    BadInput for what is no such array, HalError when its device has no driver here.
+    """
+    from drivetrain.hal.registry import device
+
+    tensor = imported(value, stream=None if stream is None else stream.handle)
+    step = 1
+    for extent, stride in zip(reversed(tensor.shape), reversed(tensor.strides), strict=True):
+        if extent != 1 and stride != step and 0 not in tensor.shape:
+            raise BadInput(
+                f"from_dlpack: shape {tensor.shape} with strides {tensor.strides} is not "
+                "C-contiguous; make it so first"
+            )
+        step *= extent
+    nbytes = step * DTYPES[tensor.dtype][1] // 8
+    device_type, index = tensor.device
+    driver = driver_of(device_type)
+    kind = Kind.MANAGED if device_type == CUDA_MANAGED else Kind.DEVICE
+    found = device(f"{driver}:{0 if driver == 'cpu' else index}")
+    return found.wrap(tensor.ptr if nbytes else 0, nbytes, owner=tensor, kind=kind)

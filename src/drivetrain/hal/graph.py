@@ -134,10 +134,12 @@ class Graph:
         for noted in self._launches:
             noted.check_buffers(stream)
         if self.native:
-            self._opened.backend.graph_launch(self._handle, stream.handle)
-            return
-        for command in self._commands:
-            command(handle)
+            self._opened.backend.graph_launch(self._handle, handle)
+        else:
+            for command in self._commands:
+                command(handle)
+        if self._kept:  # the graph may be gone before the stream comes to them
+            stream._keep([self._kept])
 
     def set(self, node: int, index: int, value: Any) -> None:
         """From the next launch on, argument ``index`` of kernel launch ``node`` is ``value``."""

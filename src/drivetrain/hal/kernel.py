@@ -128,9 +128,13 @@ def _wrong(kind: ArgType, value: object) -> BadInput:
 
 def dims(value: Dim, what: str, most: tuple[int, int, int]) -> tuple[int, int, int]:
     """(x, y, z) of a grid or block, each at least 1 and within the device's limits."""
-    given = (value,) if isinstance(value, int) else tuple(value)
-    if not 1 <= len(given) <= 3 or not all(isinstance(n, int) for n in given):
-        raise BadInput(f"the {what} is {value!r}; give an int or one to three of them")
+    given = (value,) if isinstance(value, int) else value
+    if (
+        not isinstance(given, tuple)
+        or not 1 <= len(given) <= 3
+        or not all(isinstance(n, int) for n in given)
+    ):
+        raise BadInput(f"the {what} is {value!r}; give an int or a tuple of one to three")
     x, y, z = (*given, 1, 1)[:3]
     if x < 1 or y < 1 or z < 1 or x > most[0] or y > most[1] or z > most[2]:
         raise BadInput(f"the {what} is {(x, y, z)}; each must be from 1 to {most}")
@@ -162,9 +166,9 @@ class Launch:
                 f"{kernel.device.address}"
             )
         room = limits.shared_bytes - kernel.facts.shared_bytes
-        if not 0 <= shared <= room:
+        if not isinstance(shared, int) or not 0 <= shared <= room:
             raise BadInput(
-                f"{kernel.name}: {shared} bytes of dynamic shared memory; 0 to {room} on "
+                f"{kernel.name}: {shared!r} bytes of dynamic shared memory; 0 to {room} on "
                 f"{kernel.device.address}"
             )
         self.shared = shared

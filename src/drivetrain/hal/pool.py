@@ -18,9 +18,9 @@ from collections import deque
 
 from drivetrain.errors import BadInput, OutOfMemory
 from drivetrain.hal.hot import FreeLists
+from drivetrain.hal.resource import GRAIN as _GRAIN
 from drivetrain.hal.resource import MemoryResource, Stats
 
-_GRAIN = 512
 _SMALL = 1 << 20
 _SMALL_SEGMENT = 2 << 20
 _MIDDLE = 10 << 20
@@ -329,7 +329,9 @@ class Pool:
         whole: dict[int, list[_Block]] = {}
         capturing = self.opened.capturing
         busy = {id(block.segment) for block in self._used.values()}
-        busy |= {id(b.segment) for b in self._blocks_of(capturing)} if capturing else set()
+        if capturing:
+            busy |= {id(block.segment) for block in self._blocks_of(capturing)}
+            busy |= {id(s) for s in self._segments.values() if s.stream in capturing}
         for listed in self._free.values():
             for block in listed:
                 if id(block.segment) not in busy:

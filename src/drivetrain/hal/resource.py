@@ -1,11 +1,12 @@
 """Where buffers get their memory: the driver itself, and adaptors that wrap any resource.
 
-Adaptors compose: ``Limit(Statistics(Pool(DriverMemory(...))), nbytes)`` is a resource like the
+Adaptors compose: ``Limit(Statistics(Pool(DriverMemory(device))), nbytes)`` is a resource like the
 rest and can be given to ``Device.alloc(pool=...)``.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import traceback
 from collections.abc import Callable
@@ -16,9 +17,14 @@ from drivetrain.errors import BadInput, OutOfMemory
 from drivetrain.hal.kinds import Kind
 
 if TYPE_CHECKING:
+    from drivetrain.hal.device import Device
     from drivetrain.hal.opened import Opened
 
 SMALLEST_BYTES = 16
+"""No allocation is smaller, and no address is a multiple of less."""
+MOST_ALIGNMENT = 1 << 30
+GRAIN = 512
+"""Bytes: what a pool's blocks are multiples of."""
 _LARGEST_NAMED = 8
 
 
@@ -55,7 +61,8 @@ class MemoryResource(Protocol):
     kind: Kind
 
     def allocate(self, nbytes: int, stream: int) -> int:
-        """An address, usable on ``stream`` from here on. Raises OutOfMemory."""
+        """An address, usable on ``stream`` from here on; a multiple of the driver's own alignment,
+        or of 512 where that is less. Raises OutOfMemory."""
 
     def deallocate(self, ptr: int, nbytes: int, stream: int, waits: tuple[int, ...]) -> None:
         """Give back what `allocate` gave for ``nbytes`` on ``stream``. It is used again only after
@@ -69,10 +76,19 @@ class MemoryResource(Protocol):
         bytes given back."""
 
 
-class DriverMemory:
-    """Straight from the driver, nothing kept."""
+def _opened(device: Device | Opened) -> Opened:
+    from drivetrain.hal.device import Device
+    from drivetrain.hal.opened import opened
 
-    def __init__(self, opened: Opened, kind: Kind = Kind.DEVICE) -> None:
+    return opened(device) if isinstance(device, Device) else device
+
+
+class DriverMemory:
+    """Straight from the driver of ``device``, nothing kept. Raises Unsupported for a kind of memory
+    that the device lacks."""
+
+    def __init__(self, device: Device | Opened, kind: Kind = Kind.DEVICE) -> None:
+        opened = _opened(device)
         if kind is not Kind.DEVICE:
             opened.require(kind.name.lower(), "alloc")
         self.opened = opened
@@ -86,7 +102,8 @@ class DriverMemory:
         try:
             ptr = self.opened.backend.alloc(size, self.kind, stream)
         except OutOfMemory:
-            self._failures += 1
+            with self._lock:
+                self._failures += 1
             raise
         with self._lock:
             self._sizes[ptr] = size
@@ -141,6 +158,9 @@ class Limit:
                 raise OutOfMemory(
                     f"{nbytes} bytes on {self.opened.device.address} would pass the limit: "
                     f"{self._used} of {self._limit} bytes are in use. Free buffers or raise it",
+                    requested=nbytes,
+                    free=self._limit - self._used,
+                    total=self._limit,
                     code="limit",
                     driver=self.opened.device.driver,
                     op="alloc",
@@ -158,6 +178,103 @@ class Limit:
         self._inner.deallocate(ptr, nbytes, stream, waits)
         with self._lock:
             self._used -= nbytes
+
+    def stats(self) -> Stats:
+        return self._inner.stats()
+
+    def trim(self, keep: int = 0) -> int:
+        return self._inner.trim(keep)
+
+
+class Statistics:
+    """Counts what goes through it, as asked for: of several users of one pool, each can have its
+    own. ``reserved`` and ``retries`` are of the resource below."""
+
+    def __init__(self, resource: MemoryResource) -> None:
+        self.opened, self.kind = resource.opened, resource.kind
+        self._inner = resource
+        self._lock = threading.Lock()
+        self._bytes = self._peak = self._live = self._failures = 0
+        self.requests = 0
+        """Buffers ever asked for, those that failed too."""
+
+    def allocate(self, nbytes: int, stream: int) -> int:
+        with self._lock:
+            self.requests += 1
+        try:
+            ptr = self._inner.allocate(nbytes, stream)
+        except OutOfMemory:
+            with self._lock:
+                self._failures += 1
+            raise
+        with self._lock:
+            self._live += 1
+            self._bytes += nbytes
+            self._peak = max(self._peak, self._bytes)
+        return ptr
+
+    def deallocate(self, ptr: int, nbytes: int, stream: int, waits: tuple[int, ...]) -> None:
+        self._inner.deallocate(ptr, nbytes, stream, waits)
+        with self._lock:
+            self._live -= 1
+            self._bytes -= nbytes
+
+    def stats(self) -> Stats:
+        below = self._inner.stats()
+        with self._lock:
+            return Stats(
+                allocated=self._bytes,
+                requested=self._bytes,
+                reserved=below.reserved,
+                peak_allocated=self._peak,
+                peak_requested=self._peak,
+                peak_reserved=below.peak_reserved,
+                live=self._live,
+                retries=below.retries,
+                failures=self._failures,
+            )
+
+    def reset_peak(self) -> None:
+        """From here on the peak is counted anew, from what is held now."""
+        with self._lock:
+            self._peak = self._bytes
+
+    def trim(self, keep: int = 0) -> int:
+        return self._inner.trim(keep)
+
+
+class Aligned:
+    """Addresses that are multiples of ``alignment``, a power of two of at least 16 bytes. What the
+    resource below aligns anyway costs nothing."""
+
+    def __init__(self, resource: MemoryResource, alignment: int) -> None:
+        right = isinstance(alignment, int) and SMALLEST_BYTES <= alignment <= MOST_ALIGNMENT
+        if not right or alignment & (alignment - 1):
+            raise BadInput(
+                f"an alignment of {alignment!r} bytes: give a power of two from {SMALLEST_BYTES} "
+                f"to {MOST_ALIGNMENT}"
+            )
+        self.opened, self.kind = resource.opened, resource.kind
+        self._inner = resource
+        self._alignment = alignment
+        known = min(self.opened.backend.alignment, GRAIN)
+        self._spare = 0 if alignment <= known else alignment - SMALLEST_BYTES
+        self._lock = threading.Lock()
+        self._bases: dict[int, int] = {}
+
+    def allocate(self, nbytes: int, stream: int) -> int:
+        base = self._inner.allocate(nbytes + self._spare, stream)
+        ptr = -(-base // self._alignment) * self._alignment
+        if self._spare:
+            with self._lock:
+                self._bases[ptr] = base
+        return ptr
+
+    def deallocate(self, ptr: int, nbytes: int, stream: int, waits: tuple[int, ...]) -> None:
+        if self._spare:
+            with self._lock:
+                ptr = self._bases.pop(ptr)
+        self._inner.deallocate(ptr, nbytes + self._spare, stream, waits)
 
     def stats(self) -> Stats:
         return self._inner.stats()
@@ -239,14 +356,14 @@ class FailureInjection:
         self.opened, self.kind = resource.opened, resource.kind
         self._inner = resource
         self._fails = fails
-        self._count = 0
+        self._numbers = itertools.count(1)
 
     def allocate(self, nbytes: int, stream: int) -> int:
-        self._count += 1
-        if self._fails(self._count, nbytes):
+        number = next(self._numbers)
+        if self._fails(number, nbytes):
             free, total = self.opened.backend.memory()
             raise OutOfMemory(
-                f"request {self._count} for {nbytes} bytes was made to fail",
+                f"request {number} for {nbytes} bytes was made to fail",
                 requested=nbytes,
                 free=free,
                 total=total,

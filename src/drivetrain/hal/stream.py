@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 _MOST_KEPT = 256
 
 
-def _limit(timeout: float | None) -> float:
+def wait_limit(timeout: float | None) -> float:
+    """Seconds that a wait may take; None is the default. Raises BadInput."""
     if timeout is None:
         return wait_limit_s()
     if not timeout >= 0:
@@ -49,7 +51,7 @@ class Event:
     def synchronize(self, timeout: float | None = None) -> None:
         """Wait until it is done. Raises Timeout after ``timeout`` seconds (None: the default of
         DRIVETRAIN_WAIT_LIMIT_S, 600)."""
-        limit = _limit(timeout)
+        limit = wait_limit(timeout)
         if not self._opened.backend.event_synchronize(self._handle, limit):
             raise late(self._opened, "event.synchronize", limit)
 
@@ -80,7 +82,7 @@ class Event:
 class Stream(StreamCore):
     """Work of one device in order. Made by ``Device.stream`` and ``Device.wrap_stream``."""
 
-    __slots__ = ("__weakref__", "_heir", "_kept", "_owner", "_timing")
+    __slots__ = ("__weakref__", "_heir", "_keeping", "_kept", "_owner", "_timing")
 
     if TYPE_CHECKING:  # they are in the core, in C or its twin
         _opened: Opened
@@ -99,6 +101,7 @@ class Stream(StreamCore):
         self._owner = owner
         self._heir: Stream | None = None
         self._kept: list[object] = []
+        self._keeping = threading.RLock()  # a finaliser may come in between
         self._timing = "timing" in opened.backend.groups
 
     # -- life --------------------------------------------------------------------------------
@@ -114,8 +117,7 @@ class Stream(StreamCore):
         try:
             heir = opened.inner_stream("heir")
             heir.wait(self)
-            heir._keep(self._kept)
-            self._kept = []
+            heir._keep(self._take_kept())
             self._heir, self.handle = heir, 0
             opened.forget_stream(handle, heir.handle)
             if self._owner is None:
@@ -187,19 +189,33 @@ class Stream(StreamCore):
     def synchronize(self, timeout: float | None = None) -> None:
         """Wait until all that was queued is done. Raises Timeout after ``timeout`` seconds (None:
         the default of DRIVETRAIN_WAIT_LIMIT_S, 600), and what failed of that work."""
-        limit = _limit(timeout)
+        limit = wait_limit(timeout)
         if self._graph is not None:
             raise BadInput("synchronize: the stream is being captured; nothing has happened yet")
-        if not self._opened.backend.stream_synchronize(self._alive("synchronize"), limit):
+        handle = self._alive("synchronize")
+        kept = self._take_kept()  # not what other threads queue while this one waits
+        finished = False
+        try:
+            finished = self._opened.backend.stream_synchronize(handle, limit)
+        finally:
+            if not finished:
+                self._put_kept(kept)
+        if not finished:
             raise late(self._opened, "stream.synchronize", limit)
-        self._kept.clear()
 
     @property
     def done(self) -> bool:
         """Whether all that was queued so far has happened."""
-        finished = self._opened.backend.stream_done(self._alive("done"))
-        if finished:
-            self._kept.clear()
+        handle = self._alive("done")
+        if self._graph is not None:
+            raise BadInput("done: the stream is being captured; nothing has happened yet")
+        kept = self._take_kept()
+        finished = False
+        try:
+            finished = self._opened.backend.stream_done(handle)
+        finally:
+            if not finished:
+                self._put_kept(kept)
         return finished
 
     @contextmanager
@@ -268,9 +284,20 @@ class Stream(StreamCore):
         self._opened.backend.copy(dst, src, nbytes, int(way), handle, False)
 
     def _keep(self, things: list[object]) -> None:
-        self._kept += things
-        if len(self._kept) > _MOST_KEPT and not self.done:
+        """Keep things alive until what is queued so far is done."""
+        with self._keeping:
+            self._kept += things
+        if len(self._kept) > _MOST_KEPT and self._graph is None and not self.done:
             self.synchronize()
+
+    def _take_kept(self) -> list[object]:
+        with self._keeping:
+            kept, self._kept = self._kept, []
+            return kept
+
+    def _put_kept(self, things: list[object]) -> None:
+        with self._keeping:
+            self._kept = things + self._kept
 
     def _give_back(self, users: set[Stream] | None) -> tuple[int, tuple[int, ...]]:
         """(the handle to free on, events that must be done first) for a buffer of this stream."""
@@ -278,7 +305,7 @@ class Stream(StreamCore):
         if not users:
             return handle, ()
         waits: dict[int, int] = {}
-        for user in users:
+        for user in tuple(users):
             if user._opened is not self._opened:
                 continue
             if user._graph is not None and user._graph.native:
