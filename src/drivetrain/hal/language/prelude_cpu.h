@@ -10,6 +10,9 @@ typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long ulong;
+#define DT_INLINE static inline __attribute__((always_inline))
+#define DT_NOINLINE __attribute__((noinline))
+#define DT_EXPORT extern "C" __attribute__((visibility("default")))
 static_assert(sizeof(long) == 8 && sizeof(void *) == 8, "a 64-bit system whose long has 64 bits");
 
 #define DT_AS(NAME, TO, FROM) \

@@ -115,7 +115,11 @@ static void dt_wake(dt_fibers *f) {
     }
   }
 }
-static int dt_run_fibers(dt_fibers *f) {
+typedef void dt_fiber_body(const dt_block *, uint, uint, uint, void **);
+static int dt_run_fibers(dt_fibers *f, dt_fiber_body *body, const dt_block *block, void **arguments) {
+  f->body = body;
+  f->block = block;
+  f->arguments = arguments;
   dt_fibers *outer = dt_now;
   dt_now = f;
   for (uint t = 0; t < f->count; t++) dt_prepare(f, t);
@@ -182,7 +186,8 @@ static inline int dt_vote_all(const dt_block &b, uint mask, bool vote) { return 
 /* The stacks of one call: kept for all its blocks. */
 struct dt_stacks {
   dt_fibers fibers;
-  dt_stacks(uint count, size_t stack_bytes) {
+  dt_stacks(const dt_cpu_range *range, size_t stack_bytes) {
+    const uint count = range->block[0] * range->block[1] * range->block[2];
     std::memset((void *)&fibers, 0, sizeof fibers);
     fibers.count = count;
     fibers.stack_bytes = stack_bytes;

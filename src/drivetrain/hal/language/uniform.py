@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from drivetrain.hal.language.inline import waits_for
+from drivetrain.hal.language.inline import inlined, waits_for
 from drivetrain.hal.language.tokens import wrong
 from drivetrain.hal.language.tree import (
     AddressOf,
@@ -308,3 +308,18 @@ def refuse_divergent(facts: Uniformity) -> None:
 
 
 _LEAVING = ("return", "break", "continue")
+
+
+def with_waits(kernel: Function) -> tuple[Function, Uniformity]:
+    """The kernel with all its places to wait in its own body, and who reaches them.
+
+    What every target does first with a kernel. Functions that wait are a part of the kernel then
+    (`inline.inlined`); kernels that do not wait come back as they are. Raises CompileError, with
+    the user's lines, for a ``__syncthreads()`` that is known to be reached by some threads of a
+    block only. Waits under an UNKNOWN condition are left to the target: it accepts them if it can
+    tell at run time that threads are missing, or refuses them.
+    """
+    made = inlined(kernel)
+    facts = uniformity(made)
+    refuse_divergent(facts)
+    return made, facts
