@@ -11,6 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from drivetrain.errors import BadInput
+from drivetrain.hal import watch
 from drivetrain.hal.kinds import Kind, Way
 from drivetrain.hal.memory import Buffer
 
@@ -48,13 +49,27 @@ def copy(dst: Buffer, src: Buffer, stream: Stream) -> None:
 
     check_capturing(stream, "a copy between devices")
     if direct(src._opened, dst._opened):
-        _peer(dst, src, stream)
+        name, move = "peer", _peer
     elif src.host_visible and src.kind is Kind.PINNED and stream._opened is dst._opened:
-        _from_host(dst, src, stream)
+        name, move = "from host", _from_host
     elif dst.host_visible and dst.kind is Kind.PINNED and stream._opened is src._opened:
-        _to_host(dst, src, stream)
+        name, move = "to host", _to_host
     else:
-        _staged(dst, src, stream)
+        name, move = "staged", _staged
+    if watch.active:
+        work = watch.Work("link", name, stream._opened, stream.handle, src.nbytes)
+        work.buffers = (dst, src)
+        with watch.around(work):
+            move(dst, src, stream)
+    else:
+        move(dst, src, stream)
+
+
+def _leg(opened: Opened, dst: int, src: int, nbytes: int, way: Way, stream: Stream) -> None:
+    """Queue a part of a copy between devices, to or from the host's memory."""
+    work = watch.Work("copy", way.words, opened, stream.handle, nbytes, part=True)
+    with watch.around(work) if watch.active else watch.NOBODY:
+        opened.backend.copy(dst, src, nbytes, way, stream.handle, False)
 
 
 _WAYS = (Way.HOST_TO_HOST, Way.HOST_TO_DEVICE, Way.DEVICE_TO_HOST, Way.DEVICE_TO_DEVICE)
@@ -91,7 +106,11 @@ def _ordered(dst: Buffer, src: Buffer, stream: Stream) -> tuple[Stream, Stream]:
 
 def _peer(dst: Buffer, src: Buffer, stream: Stream) -> None:
     into, _ = _ordered(dst, src, stream)
-    dst._opened.backend.copy_peer(dst.ptr, src.ptr, src.nbytes, src._opened.backend, into.handle)
+    work = watch.Work("copy", "peer", dst._opened, into.handle, src.nbytes, part=True)
+    with watch.around(work) if watch.active else watch.NOBODY:
+        dst._opened.backend.copy_peer(
+            dst.ptr, src.ptr, src.nbytes, src._opened.backend, into.handle
+        )
     dst._note(into)
     if into is not stream:
         stream.wait(into)
@@ -102,13 +121,13 @@ def _peer(dst: Buffer, src: Buffer, stream: Stream) -> None:
 
 def _from_host(dst: Buffer, src: Buffer, stream: Stream) -> None:
     """``src`` is host memory of another device: its memory must not be reused while it is read."""
-    dst._opened.backend.copy(dst.ptr, src.ptr, src.nbytes, Way.HOST_TO_DEVICE, stream.handle, False)
+    _leg(dst._opened, dst.ptr, src.ptr, src.nbytes, Way.HOST_TO_DEVICE, stream)
     dst._note(stream)
     src._note_event(stream.record())
 
 
 def _to_host(dst: Buffer, src: Buffer, stream: Stream) -> None:
-    src._opened.backend.copy(dst.ptr, src.ptr, src.nbytes, Way.DEVICE_TO_HOST, stream.handle, False)
+    _leg(src._opened, dst.ptr, src.ptr, src.nbytes, Way.DEVICE_TO_HOST, stream)
     src._note(stream)
     dst._note_event(stream.record())
 
@@ -157,14 +176,8 @@ def _staged(dst: Buffer, src: Buffer, stream: Stream) -> None:
         def drain() -> None:
             slot, at, size, event = filled.pop(0)
             into.wait(event)
-            dst._opened.backend.copy(
-                dst.ptr + at,
-                base + slot * CHUNK_BYTES,
-                size,
-                Way.HOST_TO_DEVICE,
-                into.handle,
-                False,
-            )
+            slot_at = base + slot * CHUNK_BYTES
+            _leg(dst._opened, dst.ptr + at, slot_at, size, Way.HOST_TO_DEVICE, into)
             staging.emptied[slot] = into.record()
 
         try:
@@ -175,14 +188,8 @@ def _staged(dst: Buffer, src: Buffer, stream: Stream) -> None:
                 emptied = staging.emptied[slot]
                 if emptied is not None:
                     out_of.wait(emptied)
-                src._opened.backend.copy(
-                    base + slot * CHUNK_BYTES,
-                    src.ptr + done,
-                    size,
-                    Way.DEVICE_TO_HOST,
-                    out_of.handle,
-                    False,
-                )
+                slot_at = base + slot * CHUNK_BYTES
+                _leg(src._opened, slot_at, src.ptr + done, size, Way.DEVICE_TO_HOST, out_of)
                 filled.append((slot, done, size, out_of.record()))
                 done += size
                 if len(filled) >= SLOTS - 1:

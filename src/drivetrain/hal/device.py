@@ -218,11 +218,15 @@ class Device:
     def synchronize(self, timeout: float | None = None) -> None:
         """Wait until all that this process queued on the device is done. Raises Timeout after
         ``timeout`` seconds (None: the default of DRIVETRAIN_WAIT_LIMIT_S, 600)."""
+        from drivetrain.hal import watch
         from drivetrain.hal.opened import opened
         from drivetrain.hal.stream import wait_limit
 
-        limit = wait_limit(timeout)
-        if not opened(self).backend.synchronize(limit):
+        limit, found = wait_limit(timeout), opened(self)
+        work = watch.Work("wait", "device.synchronize", found)
+        with watch.around(work) if watch.active else watch.NOBODY:
+            finished = found.backend.synchronize(limit)
+        if not finished:
             raise Timeout(
                 f"the work queued on {self.address} was not done within {limit:g} s; it goes on. "
                 "Wait again, or raise the limit",

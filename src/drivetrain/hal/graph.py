@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, DeviceLost, HalError
+from drivetrain.hal import watch
 
 if TYPE_CHECKING:
     from drivetrain.hal.device import Device
@@ -133,11 +134,20 @@ class Graph:
             buffer._note(stream)
         for noted in self._launches:
             noted.check_buffers(stream)
-        if self.native:
-            self._opened.backend.graph_launch(self._handle, handle)
-        else:
-            for command in self._commands:
-                command(handle)
+        with (
+            watch.around(
+                watch.Work(
+                    "graph", f"graph of {self.kernels} kernels", self._opened, handle, graph=self
+                )
+            )
+            if watch.active
+            else watch.NOBODY
+        ):
+            if self.native:
+                self._opened.backend.graph_launch(self._handle, handle)
+            else:
+                for command in self._commands:
+                    command(handle)
         if self._kept:  # the graph may be gone before the stream comes to them
             stream._keep([self._kept])
 
@@ -150,6 +160,8 @@ class Graph:
         noted.set(index, value)
         if self.native:
             noted.change(self._handle, node)
+        if watch.active:
+            watch.tell("graph set", self, node, index, value)
 
     def _check(self, op: str) -> None:
         if self._closed:

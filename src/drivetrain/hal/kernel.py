@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, HalError
-from drivetrain.hal import hot
+from drivetrain.hal import hot, watch
 from drivetrain.hal.device import Device
 from drivetrain.hal.hot import KernelCore, PlanCore, StreamCore
 from drivetrain.hal.memory import Buffer, MemoryKind, alloc
@@ -17,6 +17,7 @@ from drivetrain.hal.memory import Buffer, MemoryKind, alloc
 if TYPE_CHECKING:
     from drivetrain.hal.driver import FunctionFacts
     from drivetrain.hal.language.facts import KernelFacts
+    from drivetrain.hal.language.source import Source
     from drivetrain.hal.opened import Opened
     from drivetrain.hal.stream import Stream
 
@@ -253,12 +254,19 @@ class Launch:
         handle = self.check(stream)
         self.check_buffers(stream)
         graph = stream._graph
-        if graph is None:
-            self.queue(handle)
-            return
-        noted = self.copy()  # what is noted must not change with a plan
-        if not graph._takes_launch(noted):
-            noted.queue(handle)
+        with self._watched(handle, graph is not None) if watch.active else watch.NOBODY:
+            if graph is None:
+                self.queue(handle)
+                return
+            noted = self.copy()  # what is noted must not change with a plan
+            if not graph._takes_launch(noted):
+                noted.queue(handle)
+
+    def _watched(self, handle: int, captured: bool) -> watch.around:
+        kernel = self.kernel
+        work = watch.Work("kernel", kernel.name, kernel._opened, handle, launch=self)
+        work.buffers, work.captured = tuple(self.buffers.values()), captured
+        return watch.around(work)
 
     def check(self, stream: Stream) -> int:
         """The handle of a stream that takes this launch. Raises BadInput."""
@@ -383,8 +391,16 @@ class Kernel(KernelCore):
 class Module:
     """Loaded code. Made by ``Device.compile``."""
 
-    def __init__(self, opened: Opened, handle: int, kernels: Mapping[str, KernelFacts]) -> None:
+    def __init__(
+        self,
+        opened: Opened,
+        handle: int,
+        kernels: Mapping[str, KernelFacts],
+        made_of: tuple[Source, tuple[str, ...]] | None = None,
+    ) -> None:
         self._opened = opened
+        self._made_of = made_of
+        """The source and the options, for who compiles it elsewhere."""
         self.device: Device = opened.device
         self._handle = handle
         self._kernels = kernels
@@ -458,7 +474,8 @@ def compiled(opened: Opened, source: Any, options: Sequence[str]) -> Module:
 
     opened.require("compute", "compile")
     result = compile_source(source, opened.backend.target, options=tuple(options))
-    return Module(opened, opened.backend.module_load(result.code, result.form), result.kernels)
+    handle = opened.backend.module_load(result.code, result.form)
+    return Module(opened, handle, result.kernels, (source, tuple(options)))
 
 
 def _launch(

@@ -25,6 +25,11 @@ class Way(IntEnum):
     DEVICE_TO_HOST = 2
     DEVICE_TO_DEVICE = 3
 
+    @property
+    def words(self) -> str:
+        """``host to device`` and so on."""
+        return self.name.replace("_", " ").lower()
+
 
 @dataclass(frozen=True)
 class MemoryInfo:

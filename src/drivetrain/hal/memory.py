@@ -6,6 +6,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, DeviceLost, HalError
+from drivetrain.hal import watch
 from drivetrain.hal.hot import BufferCore
 from drivetrain.hal.kinds import Kind as MemoryKind
 from drivetrain.hal.kinds import MemoryInfo, Way
@@ -92,13 +93,18 @@ class Buffer(BufferCore):
         if pool is None and kind is MemoryKind.DEVICE and stream._lists is None:
             assert isinstance(resource, Pool)
             stream._pool, stream._lists = resource, resource.lists  # from here on C finds them
-        return cls(opened, ptr, nbytes, kind, resource=resource, home=stream)
+        made = cls(opened, ptr, nbytes, kind, resource=resource, home=stream)
+        if watch.active:
+            watch.tell("alloc", made)
+        return made
 
     # -- life --------------------------------------------------------------------------------
 
     def _close(self, stream: Stream | None = None) -> None:
         """`close` when it is not the usual case."""
         ptr = self.ptr
+        if watch.active and ptr:
+            watch.tell("close", self)
         if stream is not None and ptr and self._resource is not None:
             _same_device(self._opened, stream, "close")
             self._note(stream)
@@ -206,7 +212,7 @@ class Buffer(BufferCore):
             )
         if self.nbytes:
             self._note(stream)
-            stream._do("fill", (self,), self.ptr, bytes(pattern), self.nbytes // width)
+            stream._fill(self, bytes(pattern))
 
     def copy_from(self, src: Buffer | Any, *, stream: Stream) -> None:
         """Queue: copy all of ``src`` to the start of this buffer.

@@ -10,10 +10,10 @@ import atexit
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from drivetrain.errors import HalError, Unsupported
-from drivetrain.hal import loading
+from drivetrain.hal import loading, watch
 from drivetrain.hal.driver import Backend
 from drivetrain.hal.kinds import Kind
 from drivetrain.hal.resource import DriverMemory, MemoryResource
@@ -81,6 +81,8 @@ class Opened:
         self.calls = _calls(backend)
         """What C calls directly; see ``hot.h``."""
         self.stagings: dict[Opened, Staging] = {}
+        self.kernels: dict[object, Any] = {}
+        """Modules and kernels of ``hal.kernels`` that are loaded, by what they were made from."""
         self.capturing: set[int] = set()
         """Streams of which the driver captures a graph: nothing else may be queued there."""
         self.closed = False
@@ -93,9 +95,12 @@ class Opened:
         with self.lock:
             if self.closed:
                 return
+            if watch.active:
+                watch.closing(self)
             self.closed = True
             for stream in list(self.streams):
                 stream.handle = 0
+        self.kernels.clear()
         self.backend.close()
 
     def require(self, group: str, op: str) -> None:

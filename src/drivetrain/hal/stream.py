@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, DeviceLost, HalError, Timeout
+from drivetrain.hal import watch
 from drivetrain.hal.hot import StreamCore
 from drivetrain.hal.kinds import Way
 from drivetrain.hal.opened import wait_limit_s
@@ -52,8 +53,13 @@ class Event:
         """Wait until it is done. Raises Timeout after ``timeout`` seconds (None: the default of
         DRIVETRAIN_WAIT_LIMIT_S, 600)."""
         limit = wait_limit(timeout)
-        if not self._opened.backend.event_synchronize(self._handle, limit):
-            raise late(self._opened, "event.synchronize", limit)
+        with (
+            watch.around(watch.Work("wait", "event.synchronize", self._opened))
+            if watch.active
+            else watch.NOBODY
+        ):
+            if not self._opened.backend.event_synchronize(self._handle, limit):
+                raise late(self._opened, "event.synchronize", limit)
 
     def seconds_since(self, start: Event) -> float:
         """Seconds on the device between ``start`` and this event; both must be done."""
@@ -114,6 +120,8 @@ class Stream(StreamCore):
         if self._graph is not None:
             raise BadInput("close: the stream is being captured; leave the `with` block first")
         opened = self._opened
+        if watch.active:
+            watch.tell("stream closed", self)
         try:
             heir = opened.inner_stream("heir")
             heir.wait(self)
@@ -163,7 +171,10 @@ class Stream(StreamCore):
         except BaseException:
             opened.give_event(event, self._timing)
             raise
-        return Event(opened, event, self._timing)
+        made = Event(opened, event, self._timing)
+        if watch.active:
+            watch.tell("record", made, self)
+        return made
 
     def wait(self, other: Event | Stream) -> None:
         """What is queued here from now on waits for an event, or for all queued on a stream so
@@ -183,6 +194,8 @@ class Stream(StreamCore):
             if self._graph is not None:
                 self._graph._no_events("wait")
             self._opened.backend.stream_wait(handle, event._handle)
+            if watch.active:
+                watch.tell("wait", event, self)
         else:
             event.synchronize()
 
@@ -196,7 +209,8 @@ class Stream(StreamCore):
         kept = self._take_kept()  # not what other threads queue while this one waits
         finished = False
         try:
-            finished = self._opened.backend.stream_synchronize(handle, limit)
+            with self._watched("wait", "stream.synchronize") if watch.active else watch.NOBODY:
+                finished = self._opened.backend.stream_synchronize(handle, limit)
         finally:
             if not finished:
                 self._put_kept(kept)
@@ -236,6 +250,8 @@ class Stream(StreamCore):
         if graph.native:
             self._opened.capturing.add(handle)
         self._graph = graph
+        if watch.active:
+            watch.tell("capture", graph, self)
         try:
             yield graph
         except BaseException:
@@ -245,16 +261,38 @@ class Stream(StreamCore):
         else:
             self._graph = None
             graph._end(self)
+            if watch.active:
+                watch.tell("captured", graph, self)
         finally:
             self._opened.capturing.discard(handle)
 
     # -- what buffers and kernels queue --------------------------------------------------------
 
-    def _do(self, name: str, buffers: tuple[Buffer, ...], *arguments: Any) -> None:
-        handle = self._alive(name)
-        if self._graph is not None and self._graph._takes(name, buffers, arguments):
-            return
-        getattr(self._opened.backend, name)(*arguments, handle)
+    def _watched(
+        self,
+        kind: str,
+        name: str,
+        nbytes: int = 0,
+        buffers: tuple[Buffer, ...] = (),
+        facts: tuple[Any, ...] = (),
+    ) -> watch.around:
+        """Tell those who watch of work that is queued here."""
+        work = watch.Work(kind, name, self._opened, self.handle, nbytes, buffers=buffers)
+        work.facts, work.captured = facts, self._graph is not None
+        return watch.around(work)
+
+    def _fill(self, buffer: Buffer, pattern: bytes) -> None:
+        """Queue repetitions of ``pattern`` over a buffer of the device."""
+        handle = self._alive("fill")
+        ptr, count = buffer.ptr, buffer.nbytes // len(pattern)
+        with (
+            self._watched("fill", "fill", buffer.nbytes, (buffer,), (pattern,))
+            if watch.active
+            else watch.NOBODY
+        ):
+            graph = self._graph
+            if graph is None or not graph._takes("fill", (buffer,), (ptr, pattern, count)):
+                self._opened.backend.fill(ptr, pattern, count, handle)
 
     def _do_host(
         self, buffer: Buffer, dst: int, src: int, nbytes: int, way: Way, keep: object
@@ -262,26 +300,32 @@ class Stream(StreamCore):
         """Queue a copy from or to memory of the host, which ``keep`` keeps alive."""
         handle = self._alive("copy")
         graph = self._graph
-        if graph is not None:
-            graph._keeps(keep)
-            if not graph._takes("copy", (buffer,), (dst, src, nbytes, int(way))):
-                self._opened.backend.copy(dst, src, nbytes, int(way), handle, False)
-            return
         reads = way is Way.HOST_TO_DEVICE
-        self._opened.backend.copy(dst, src, nbytes, int(way), handle, reads)
-        if not reads:
-            self._keep([keep])
+        with (
+            self._watched(
+                "copy", way.words, nbytes, (buffer,), (src if reads else dst, keep, int(way))
+            )
+            if watch.active
+            else watch.NOBODY
+        ):
+            if graph is not None:
+                graph._keeps(keep)
+                if not graph._takes("copy", (buffer,), (dst, src, nbytes, int(way))):
+                    self._opened.backend.copy(dst, src, nbytes, int(way), handle, False)
+                return
+            self._opened.backend.copy(dst, src, nbytes, int(way), handle, reads)
+            if not reads:
+                self._keep([keep])
 
     def _do_copy(
-        self, buffers: tuple[Buffer, ...], dst: int, src: int, nbytes: int, way: int
+        self, buffers: tuple[Buffer, ...], dst: int, src: int, nbytes: int, way: Way
     ) -> None:
         """Queue a copy between two buffers of the device."""
         handle = self._alive("copy")
-        if self._graph is not None and self._graph._takes(
-            "copy", buffers, (dst, src, nbytes, int(way))
-        ):
-            return
-        self._opened.backend.copy(dst, src, nbytes, int(way), handle, False)
+        graph = self._graph
+        with self._watched("copy", way.words, nbytes, buffers) if watch.active else watch.NOBODY:
+            if graph is None or not graph._takes("copy", buffers, (dst, src, nbytes, int(way))):
+                self._opened.backend.copy(dst, src, nbytes, int(way), handle, False)
 
     def _keep(self, things: list[object]) -> None:
         """Keep things alive until what is queued so far is done."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -31,7 +32,8 @@ class Work:
     """One call that queues work, or waits for it."""
 
     kind: str
-    """``kernel``, ``copy``, ``fill``, ``graph`` or ``wait``."""
+    """``kernel``, ``copy``, ``fill``, ``graph``, ``wait``, or ``link``: all of a copy between
+    devices."""
     name: str
     """The kernel's; of a copy its direction; what waits."""
     opened: Opened | None
@@ -49,7 +51,7 @@ class Work:
     captured: bool = False
     """It is noted in a graph and does not happen now."""
     part: bool = False
-    """It is one step of a copy between devices, which is told of too."""
+    """It is one step of a ``link``."""
     flops: float | None = None
     """Of work that is no kernel of ours (a vendor's library): operations, where they are known."""
 
@@ -74,6 +76,8 @@ class Watcher(Protocol):
 
 
 active: tuple[Watcher, ...] = ()
+NOBODY = nullcontext()
+"""``with around(work) if active else NOBODY: ...``"""
 _lock = threading.Lock()
 
 
