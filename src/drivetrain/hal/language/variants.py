@@ -138,10 +138,11 @@ class Variants:
     def __init__(self, name: str, variants: Sequence[Variant]) -> None:
         if not variants:
             raise BadInput(f"{name}: there is no variant")
-        names = [variant.called for variant in variants]
         for variant in variants:
             if not isinstance(variant, Variant):
                 raise BadInput(f"{name}: a {type(variant).__name__} is no Variant")
+        names = [variant.called for variant in variants]
+        for variant in variants:
             if names.count(variant.called) > 1:
                 raise BadInput(f"{name}: two variants are called {variant.called!r}; name them")
             for kind in variant.kinds:
