@@ -9,6 +9,7 @@ allocated is a HalError.
 """
 
 from drivetrain.hal.conformance.check import Check, Failed, checks
-from drivetrain.hal.conformance.run import Report, Result, run
+from drivetrain.hal.conformance.report import Report, Result
+from drivetrain.hal.conformance.running import run
 
 __all__ = ["Check", "Failed", "Report", "Result", "checks", "run"]
