@@ -1,19 +1,31 @@
-"""A state folder of one's own, a package that offers outside drivers, and patience.
+"""A state folder of one's own, a package that offers outside drivers, devices to work on, patience.
+
+``rig`` is two devices of one driver with the same few kernels: the cpu, the simulated device, or a
+CUDA device over a fake ``libcuda``. The fake is built once; each test gets a copy of it, as if it
+ran in a process of its own.
 
 The machines that run these tests are shared, so single hypothesis examples have no deadline.
 """
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import os
-from collections.abc import Iterator
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from drivetrain import hal
 from drivetrain.hal import registry
+from drivetrain.hal.device import DeviceInfo
 
 settings.register_profile("hal", deadline=None, max_examples=60)
 settings.load_profile("hal")
@@ -119,3 +131,266 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     before = os.environ.get("PYTHONPATH", "")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(site), before])))
     return site
+
+
+# -- a fake libcuda --------------------------------------------------------------------------------
+
+FAKE_CUDA = Path(__file__).parent / "drivers" / "fake_cuda.c"
+KERNELS = {
+    "nothing": "",
+    "spin": ".param .u64 ns",
+    "hold": ".param .u64 unused",
+    "stray": ".param .u64 unused",
+    "claim": ".param .u64 unused",
+    "add": ".param .u64 p, .param .u32 v",
+    "times": ".param .u64 p, .param .u32 v",
+    "store": ".param .u64 p, .param .u32 v",
+}
+PTX = ".version 6.4\n.target sm_50\n" + "".join(
+    f".visible .entry {name}({parameters}) {{}}\n" for name, parameters in KERNELS.items()
+)
+
+
+class FakeCuda:
+    """The fake library. ``since`` refuses every symbol that a newer driver brought, ``refused``
+    single ones."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.library = ctypes.CDLL(str(path))
+        self.refused: set[str] = set()
+        self.library.fake_calls.restype = ctypes.c_char_p
+
+    def __getitem__(self, symbol: str) -> Any:
+        if symbol in self.refused:
+            raise AttributeError(f"{symbol} is refused")
+        return self.library[symbol]
+
+    def older(self, version: int) -> FakeCuda:
+        from drivetrain.hal.drivers.cuda_api import FUNCTIONS
+
+        self.refused |= {row.symbol for row in FUNCTIONS if row.since > version}
+        self.library.fake_version(version)
+        return self
+
+    def fail(self, symbol: str, code: int, nth: int = 1) -> None:
+        """The ``nth`` call of it from now on returns ``code``; 0: each."""
+        self.library.fake_fail(symbol.encode(), nth, code)
+
+    def calls(self) -> list[tuple[str, int, int]]:
+        """(symbol, first argument, second argument) of each call since `forget`."""
+        found = []
+        for line in self.library.fake_calls().decode().splitlines():
+            symbol, one, two = line.split()
+            found.append((symbol, int(one, 16), int(two, 16)))
+        return found
+
+    def names(self) -> list[str]:
+        return [name for name, _, _ in self.calls()]
+
+    def forget(self) -> None:
+        self.library.fake_calls_clear()
+
+    def live(self) -> int:
+        """Allocations of every kind that were not given back."""
+        return sum(self.library.fake_live(kind) for kind in range(4))
+
+    def release(self, on: bool = True) -> None:
+        """Let kernels named ``hold`` end."""
+        self.library.fake_release(int(on))
+
+    def current(self) -> int:
+        box = ctypes.c_void_p()
+        self.library.cuCtxGetCurrent(ctypes.byref(box))
+        return box.value or 0
+
+
+@pytest.fixture(scope="session")
+def fake_cuda_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    path = tmp_path_factory.mktemp("fake_cuda") / "libcuda.so.1"
+    command = [compiler, "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    command += ["-pthread", str(FAKE_CUDA), "-o", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+_number = itertools.count()
+
+
+@pytest.fixture
+def new_fake(fake_cuda_path: Path, tmp_path: Path) -> Callable[[], FakeCuda]:
+    def make() -> FakeCuda:
+        copy = tmp_path / f"libcuda-{next(_number)}.so"
+        shutil.copy(fake_cuda_path, copy)
+        return FakeCuda(copy)
+
+    return make
+
+
+@pytest.fixture
+def fake(new_fake: Callable[[], FakeCuda], monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return new_fake()
+
+
+@pytest.fixture
+def cuda_info() -> Callable[[int], DeviceInfo]:
+    def info(index: int = 0) -> DeviceInfo:
+        uuid = f"GPU-00112233-4455-6677-8899-aabbccddee0{index}"
+        return DeviceInfo(driver="cuda", index=index, name="fake", vendor="nvidia", uuid=uuid)
+
+    return info
+
+
+# -- devices to work on ----------------------------------------------------------------------------
+
+KERNELS_C = """
+#include <stdint.h>
+#include <string.h>
+#include <time.h>
+typedef struct { uint32_t grid[3], block[3], shared, reserved; uint64_t first, count; } range;
+static int once(const range *r) { return r->first == 0 && r->count > 0; }
+int dt_cpu_nothing(const range *r, void **a) { (void)r, (void)a; return 0; }
+int dt_cpu_add(const range *r, void **a) {
+    if (once(r)) **(int32_t **)a[0] += *(int32_t *)a[1];
+    return 0;
+}
+int dt_cpu_times(const range *r, void **a) {
+    if (once(r)) **(int32_t **)a[0] *= *(int32_t *)a[1];
+    return 0;
+}
+int dt_cpu_store(const range *r, void **a) {
+    if (once(r)) **(int32_t **)a[0] = *(int32_t *)a[1];
+    return 0;
+}
+int dt_cpu_spin(const range *r, void **a) {
+    uint64_t ns = *(uint64_t *)a[0];
+    struct timespec time = {(time_t)(ns / 1000000000), (long)(ns % 1000000000)};
+    if (once(r)) nanosleep(&time, NULL);
+    return 0;
+}
+int dt_cpu_each(const range *r, void **a) {
+    for (uint64_t i = r->first; i < r->first + r->count; i++) (*(int32_t **)a[0])[i] += 1;
+    return 0;
+}
+int dt_cpu_fails(const range *r, void **a) { (void)r, (void)a; return 7; }
+/* What arrived, as bytes: every type of argument. */
+int dt_cpu_echo(const range *r, void **a) {
+    static const int sizes[] = {1, 2, 4, 8, 1, 2, 4, 8, 2, 2, 4, 8, 12};
+    unsigned char *out = *(unsigned char **)a[0];
+    if (!once(r)) return 0;
+    for (int i = 0; i < 13; out += 16, i++) memcpy(out, a[i + 1], (size_t)sizes[i]);
+    *(uint32_t *)out = r->shared;
+    return 0;
+}
+"""
+"""The kernels of the fake libcuda for what runs shared objects, and a few more."""
+
+ECHO = (
+    *(hal.I8, hal.I16, hal.I32, hal.I64, hal.U8, hal.U16, hal.U32, hal.U64),
+    *(hal.F16, hal.BF16, hal.F32, hal.F64, hal.struct_of(12)),
+)
+ARGUMENTS: dict[str, Sequence[hal.ArgType]] = {
+    "nothing": [],
+    "add": [hal.PTR, hal.I32],
+    "times": [hal.PTR, hal.I32],
+    "store": [hal.PTR, hal.I32],
+    "spin": [hal.U64],
+    "each": [hal.PTR],
+    "fails": [],
+    "hold": [hal.U64],
+    "echo": [hal.PTR, *ECHO],
+}
+
+
+@pytest.fixture(scope="session")
+def kernels_so(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    folder = tmp_path_factory.mktemp("kernels")
+    (folder / "kernels.c").write_text(KERNELS_C)
+    command = [compiler, "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    command += [str(folder / "kernels.c"), "-o", str(folder / "kernels.so")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return (folder / "kernels.so").read_bytes()
+
+
+@dataclass
+class Rig:
+    """Two devices of one driver, and the same kernels on both."""
+
+    driver: str
+    device: hal.Device
+    other: hal.Device
+    source: hal.Source
+    fake: Any = None
+    """The library behind the CUDA devices."""
+    modules: dict[str, hal.Module] = field(default_factory=dict)
+
+    def kernel(self, name: str, device: hal.Device | None = None) -> hal.Kernel:
+        device = device or self.device
+        module = self.modules.get(device.address)
+        if module is None:
+            module = self.modules[device.address] = device.compile(self.source)
+        return module.kernel(name, ARGUMENTS[name])
+
+    def slow(self, stream: hal.Stream, seconds: float = 0.05) -> None:
+        """Keep the stream busy for a while."""
+        spin = self.kernel("spin", stream.device)
+        spin(stream, 1, 1, int(seconds * 1e9))
+
+    def alloc(self, nbytes: int, stream: hal.Stream, **options: Any) -> hal.Buffer:
+        return stream.device.alloc(nbytes, stream=stream, **options)
+
+    def read(self, buffer: hal.Buffer, stream: hal.Stream) -> bytes:
+        host = bytearray(buffer.nbytes)
+        buffer.copy_to(host, stream=stream)
+        stream.synchronize()
+        return bytes(host)
+
+    def number(self, buffer: hal.Buffer, stream: hal.Stream) -> int:
+        return int.from_bytes(self.read(buffer, stream)[:4], "little", signed=True)
+
+
+@pytest.fixture
+def rig_of(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[str], Rig]]:
+    """Two devices of the driver that is named; closed when the test ends."""
+
+    def make(driver: str) -> Rig:
+        if driver == "cuda":
+            from drivetrain.hal.drivers import cuda_api, cuda_backend
+
+            library = request.getfixturevalue("fake")
+            info = request.getfixturevalue("cuda_info")
+            api = cuda_api.Api(library)
+            monkeypatch.setattr(cuda_backend, "load", lambda: api)
+            found = [hal.Device(f"cuda:{n}", info(n), info(n).uuid) for n in range(2)]
+            source = hal.Source.binary(PTX.encode(), "ptx")
+            return Rig(driver, found[0], found[1], source, library)
+        if driver == "cpu":
+            if len(os.sched_getaffinity(0)) < 2:
+                pytest.skip("two cpu devices need two cores")
+            monkeypatch.setenv("DRIVETRAIN_CPU_PARTITIONS", "2")
+        else:
+            monkeypatch.setenv("DRIVETRAIN_SIMULATED", "count=2")
+        registry.refresh()
+        one, two = hal.device(f"{driver}:0"), hal.device(f"{driver}:1")
+        source = hal.Source.binary(request.getfixturevalue("kernels_so"), "so")
+        return Rig(driver, one, two, source)
+
+    hal.close_all()
+    yield make
+    hal.close_all()
+
+
+@pytest.fixture(params=["cpu", "simulated", "cuda"])
+def rig(request: pytest.FixtureRequest, rig_of: Callable[[str], Rig]) -> Rig:
+    return rig_of(request.param)

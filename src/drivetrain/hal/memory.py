@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, DeviceLost, HalError
 from drivetrain.hal import watch
-from drivetrain.hal.hot import BufferCore
+from drivetrain.hal.hot import BufferCore, StreamCore
 from drivetrain.hal.kinds import Kind as MemoryKind
 from drivetrain.hal.kinds import MemoryInfo, Way
 from drivetrain.hal.opened import wait_limit_s
@@ -80,6 +80,8 @@ class Buffer(BufferCore):
         if not isinstance(nbytes, int) or nbytes < 0 or nbytes > _MOST_BYTES:
             raise BadInput(f"alloc: {nbytes!r} bytes; give an int of 0 to {_MOST_BYTES}")
         _same_device(opened, stream, "alloc")
+        if not isinstance(kind, MemoryKind):
+            raise BadInput(f"alloc: kind={kind!r}; give a hal.MemoryKind")
         stream._alive("alloc")
         check_capturing(stream, "alloc")
         resource = pool if pool is not None else opened.pool(kind)
@@ -188,6 +190,8 @@ class Buffer(BufferCore):
         """``nbytes`` from ``offset`` on, as a buffer that keeps this one alive. Closing a view
         frees nothing; closing this one closes its views."""
         self._alive("view")
+        if not isinstance(offset, int) or not isinstance(nbytes, int):
+            raise BadInput(f"view: {offset!r} and {nbytes!r}; give two ints, in bytes")
         if offset < 0 or nbytes < 0 or offset + nbytes > self.nbytes:
             raise BadInput(
                 f"view: bytes {offset} to {offset + nbytes} do not lie in a buffer of "
@@ -202,6 +206,8 @@ class Buffer(BufferCore):
         must be a multiple of it."""
         self._alive("fill")
         _same_device(self._opened, stream, "fill")
+        if not isinstance(pattern, (bytes, bytearray)):
+            raise BadInput(f"fill: a pattern is bytes, not a {type(pattern).__name__}")
         width = len(pattern)
         if width not in (1, 2, 4, 8, 16):
             raise BadInput(f"fill: a pattern has 1, 2, 4, 8 or 16 bytes, not {width}")
@@ -307,6 +313,8 @@ def alloc(
 
 
 def _same_device(opened: Opened, stream: Stream, op: str) -> None:
+    if not isinstance(stream, StreamCore):
+        raise BadInput(f"{op}: stream= takes a Stream, not a {type(stream).__name__}")
     if stream._opened is not opened:
         raise BadInput(
             f"{op}: the buffer is on {opened.device.address} and the stream on "
