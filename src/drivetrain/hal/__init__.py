@@ -8,8 +8,9 @@ from drivetrain.hal.device import Capabilities, Device, DeviceInfo, Isolation
 from drivetrain.hal.kinds import Kind as MemoryKind
 from drivetrain.hal.kinds import MemoryInfo
 
-# Last: the functions ``device`` and ``drivers`` take those names from the submodules, which stay
-# reachable as ``from drivetrain.hal.device import ...``.
+# Last: ``profile`` and the functions ``device`` and ``drivers`` take those names from the
+# submodules, which stay reachable as ``from drivetrain.hal.device import ...``.
+from drivetrain.hal.profile import Peaks, profile
 from drivetrain.hal.registry import DriverInfo, device, devices, drivers
 from drivetrain.hal.telemetry import Telemetry
 
@@ -119,6 +120,7 @@ __all__ = [
     "MemoryKind",
     "MemoryResource",
     "Module",
+    "Peaks",
     "Plan",
     "Pool",
     "Source",
@@ -134,5 +136,6 @@ __all__ = [
     "devices",
     "drivers",
     "from_dlpack",
+    "profile",
     "struct_of",
 ]

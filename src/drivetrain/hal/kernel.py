@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +142,22 @@ def dims(value: Dim, what: str, most: tuple[int, int, int]) -> tuple[int, int, i
     return x, y, z
 
 
+Count = float | Callable[[tuple[int, int, int], tuple[int, int, int], tuple[Any, ...]], float]
+"""A number, or a function of (grid, block, arguments)."""
+
+
+@dataclass(frozen=True)
+class WorkFacts:
+    """What one launch of a kernel moves and computes."""
+
+    nbytes: float
+    """Read and written."""
+    bytes_are: str
+    """``declared``, or ``estimated``: each buffer among the arguments counted once, whole."""
+    flops: float | None
+    dtype: str
+
+
 @dataclass(frozen=True)
 class _Raw:
     """An argument that is packed already."""
@@ -262,6 +278,36 @@ class Launch:
             if not graph._takes_launch(noted):
                 noted.queue(handle)
 
+    def values(self) -> tuple[Any, ...]:
+        """The arguments as the kernel sees them: buffers, numbers, a structure's bytes."""
+        found: list[Any] = []
+        for index, (kind, offset) in enumerate(
+            zip(self.kernel.arguments, self.kernel._offsets, strict=True)
+        ):
+            raw = self._values.raw[offset : offset + kind.nbytes]
+            if kind is PTR:
+                found.append(self.buffers.get(index))
+            elif kind is BF16:
+                found.append(struct.unpack("<f", b"\0\0" + raw)[0])
+            elif kind.code:
+                found.append(struct.unpack(kind.code, raw)[0])
+            else:
+                found.append(raw)
+        return tuple(found)
+
+    def work(self) -> WorkFacts:
+        """What one launch moves and computes, as the kernel declares it or else estimated."""
+        told = self.kernel._work
+        nbytes, flops, dtype = told if told is not None else (None, None, "")
+        if callable(nbytes) or callable(flops):
+            facts = (self.grid, self.block, self.values())
+            nbytes = nbytes(*facts) if callable(nbytes) else nbytes
+            flops = flops(*facts) if callable(flops) else flops
+        if nbytes is not None:
+            return WorkFacts(nbytes, "declared", flops, dtype)
+        seen = {(buffer.ptr, buffer.nbytes) for buffer in self.buffers.values()}
+        return WorkFacts(sum(size for _, size in seen), "estimated", flops, dtype)
+
     def _watched(self, handle: int, captured: bool) -> watch.around:
         kernel = self.kernel
         work = watch.Work("kernel", kernel.name, kernel._opened, handle, launch=self)
@@ -347,6 +393,7 @@ class Kernel(KernelCore):
         self.arguments = arguments
         """Types, in order."""
         self.facts = facts
+        self._work: tuple[Count | None, Count | None, str] | None = None
         self._sizes = tuple(-8 if kind is PTR else kind.nbytes for kind in arguments)
         offsets, at = [], 0
         for kind in arguments:
@@ -372,6 +419,16 @@ class Kernel(KernelCore):
         def __call__(
             self, stream: Stream, grid: Dim, block: Dim, *arguments: Any, shared: int = 0
         ) -> None: ...
+
+    def work(
+        self, *, bytes: Count | None = None, flops: Count | None = None, dtype: str = "float32"
+    ) -> Kernel:
+        """Declare for profiles what one launch reads and writes together and how many operations it
+        does, in numbers or as functions of ``(grid, block, arguments)``. ``dtype`` says which peak
+        the operations are held against. Without it, bytes are estimated: each buffer among the
+        arguments counts once, whole."""
+        self._work = (bytes, flops, dtype)
+        return self
 
     def plan(self, stream: Stream, grid: Dim, block: Dim, *arguments: Any, shared: int = 0) -> Plan:
         """The same launch, prepared to be repeated."""
