@@ -283,7 +283,7 @@ int dt_cpu_echo(const range *r, void **a) {
     static const int sizes[] = {1, 2, 4, 8, 1, 2, 4, 8, 2, 2, 4, 8, 12};
     unsigned char *out = *(unsigned char **)a[0];
     if (!once(r)) return 0;
-    for (int i = 0; i < 13; out += 16, i++) memcpy(out, a[i + 1], (size_t)sizes[i]);
+    for (int i = 0; i < 13; i++) memcpy(out + 16 * i, a[i + 1], (size_t)sizes[i]);
     *(uint32_t *)out = r->shared;
     return 0;
 }

@@ -103,17 +103,18 @@ def packed(kind: ArgType, value: Any) -> bytes:
             raise _wrong(kind, value) from None
         if not kind.least <= number <= kind.most:
             raise BadInput(
-                f"{number} does not lie in [{kind.least}, {kind.most}], as {kind!r} does"
+                f"{_shown(number)} does not lie in [{kind.least}, {kind.most}], as {kind!r} does"
             )
         return struct.pack(kind.code, number)
     if kind.code:
         if isinstance(value, (str, bytes)) or not hasattr(value, "__float__"):
             raise _wrong(kind, value)
-        number = float(value)
         try:
-            return _bfloat16(number) if kind is BF16 else struct.pack(kind.code, number)
+            number = float(value)
+            # "=": without it single precision beyond its range becomes infinite in silence.
+            return _bfloat16(number) if kind is BF16 else struct.pack("=" + kind.code, number)
         except OverflowError:
-            raise BadInput(f"{number!r} is beyond the range of {kind!r}") from None
+            raise BadInput(f"{_shown(value)} is beyond the range of {kind!r}") from None
     try:
         data = bytes(memoryview(value).cast("B"))
     except TypeError:
@@ -121,6 +122,11 @@ def packed(kind: ArgType, value: Any) -> bytes:
     if len(data) != kind.nbytes:
         raise BadInput(f"{kind!r} takes {kind.nbytes} bytes, not {len(data)}")
     return data
+
+
+def _shown(number: Any) -> str:
+    large = isinstance(number, int) and number.bit_length() > 256
+    return f"a number of {number.bit_length()} bits" if large else repr(number)
 
 
 def _wrong(kind: ArgType, value: object) -> BadInput:
