@@ -87,6 +87,9 @@ class DeviceInfo:
     """The GPU that a MIG instance is a part of."""
     fault: str = ""
     """Why the driver itself calls the device unusable; empty when it does not."""
+    by_name_only: bool = False
+    """It is another way to use processors that have a driver of their own: never the default, and
+    chosen by ``auto`` only when preferred by name."""
     capabilities: Capabilities = field(default_factory=Capabilities)
     isolation: Isolation = field(default_factory=Isolation)
     telemetry: Telemetry = field(default_factory=Telemetry, hash=False, compare=False)
@@ -186,6 +189,7 @@ class Device:
         if not isinstance(priority, int) or not -(1 << 31) <= priority < 1 << 31:
             raise BadInput(f"stream: a priority of {priority!r}; give a small int, 0 for the usual")
         found = opened(self)
+        found.end_streams()
         return Stream(found, found.backend.stream_create(priority))
 
     def wrap_stream(self, handle: int, *, owner: object) -> Stream:

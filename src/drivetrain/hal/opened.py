@@ -10,6 +10,7 @@ import atexit
 import os
 import threading
 import weakref
+from collections import deque
 from typing import TYPE_CHECKING, Any, Protocol
 
 from drivetrain.errors import HalError, Unsupported
@@ -62,7 +63,7 @@ def _calls(backend: Backend) -> tuple[int, ...]:
 class KeepsByStream(Protocol):
     """Keeps something for each stream and must hand it on when the stream ends."""
 
-    def forget_stream(self, stream: int, heir: int) -> None: ...
+    def forget_stream(self, stream: int, heir: int, *, wait: bool = True) -> bool: ...
 
 
 class Opened:
@@ -88,6 +89,7 @@ class Opened:
         self.closed = False
         self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self._keepers: weakref.WeakSet[KeepsByStream] = weakref.WeakSet()
+        self._ending: deque[tuple[int, int, bool]] = deque()
 
     def close(self) -> None:
         """Close the backend. What was made from it is dead from here on: streams are closed, and
@@ -135,12 +137,25 @@ class Opened:
                 found = self._inner[purpose] = Stream(self, self.backend.stream_create(0))
             return found
 
-    def forget_stream(self, stream: int, heir: int) -> None:
-        """Pools hand what they keep for a stream that ends to ``heir``, which waits for it."""
+    def end_stream(self, stream: int, heir: int, owned: bool, *, wait: bool) -> None:
+        """Pools hand what they keep for a stream that ends to ``heir``, which waits for it; then
+        it is destroyed, if it is ``owned``. A finaliser may have come in between a pool's own
+        work: it does not ``wait``, and the stream ends when the next one is made."""
         with self.lock:
             keepers = list(self._keepers)
-        for keeper in keepers:
-            keeper.forget_stream(stream, heir)
+        if not all(keeper.forget_stream(stream, heir, wait=wait) for keeper in keepers):
+            self._ending.append((stream, heir, owned))
+        elif owned:
+            self.backend.stream_destroy(stream)
+
+    def end_streams(self) -> None:
+        """End those that could not end when they were forgotten."""
+        for _ in range(len(self._ending)):
+            try:
+                stream, heir, owned = self._ending.popleft()
+            except IndexError:
+                return  # another thread does it
+            self.end_stream(stream, heir, owned, wait=False)
 
     def tell_of_streams(self, keeper: KeepsByStream) -> None:
         """From now on ``keeper`` is told of each stream that ends."""

@@ -130,9 +130,13 @@ class Pool:
             failures=self._failures,
         )
 
-    def forget_stream(self, stream: int, heir: int) -> None:
-        """``stream`` is about to end, and ``heir`` already waits for it: its blocks are heir's."""
-        with self._lock:
+    def forget_stream(self, stream: int, heir: int, *, wait: bool = True) -> bool:
+        """``stream`` is about to end, and ``heir`` already waits for it: its blocks are heir's.
+        False when the pool is at work, which a finaliser must not ``wait`` for: it may have come
+        in between that work."""
+        if not self._lock.acquire(blocking=wait):
+            return False
+        try:
             self._take_late()
             self._settle(stream)
             for small in (True, False):
@@ -142,6 +146,9 @@ class Pool:
             for segment in self._segments.values():
                 if segment.stream == stream:
                     segment.stream = heir
+        finally:
+            self._lock.release()
+        return True
 
     # -- inside, with the lock held ---------------------------------------------------------
 

@@ -119,6 +119,9 @@ class Stream(StreamCore):
             return
         if self._graph is not None:
             raise BadInput("close: the stream is being captured; leave the `with` block first")
+        self._end(handle, wait=True)
+
+    def _end(self, handle: int, *, wait: bool) -> None:
         opened = self._opened
         if watch.active:
             watch.tell("stream closed", self)
@@ -127,17 +130,16 @@ class Stream(StreamCore):
             heir.wait(self)
             heir._keep(self._take_kept())
             self._heir, self.handle = heir, 0
-            opened.forget_stream(handle, heir.handle)
-            if self._owner is None:
-                opened.backend.stream_destroy(handle)
+            opened.end_stream(handle, heir.handle, self._owner is None, wait=wait)
         except DeviceLost:
             self._kept, self.handle = [], 0  # nothing of it is left to let go of
         self._owner = None
 
     def __del__(self) -> None:
-        if getattr(self, "handle", 0):
+        handle = getattr(self, "handle", 0)
+        if handle and not self._opened.closed:
             try:
-                self.close()
+                self._end(handle, wait=False)
             except Exception:
                 pass  # the device is closed or lost
 

@@ -149,17 +149,22 @@ def finalised_elsewhere(device: Device) -> None:
 
 @check()
 def finalised_while_allocating(device: Device) -> None:
-    """A collection in the middle of an allocation closes buffers without a deadlock."""
+    """A collection in the middle of an allocation closes buffers, streams and events without a
+    deadlock."""
     stream = device.stream()
     threshold = gc.get_threshold()
     gc.set_threshold(3)
     try:
-        for _ in range(300):
+        for number in range(300):
+            other = device.stream()
             cycle: dict[str, object] = {"buffer": device.alloc(2000, stream=stream)}
-            cycle["itself"] = cycle
+            cycle["theirs"] = device.alloc(300_000 + number * 600, stream=other)
+            cycle["event"], cycle["stream"], cycle["itself"] = other.record(), other, cycle
+            del other
     finally:
         gc.set_threshold(*threshold)
     stream.synchronize()
+    same(read(holding(device, stream, data(5000)), stream), data(5000), "a buffer after all that")
 
 
 _AT_EXIT = """
