@@ -526,7 +526,10 @@ class Unit:
         self._instances[key] = function
         making = Making(function)
         self._making.append(making)
-        body = Body(self, scope, header.result, kernel=template.kernel).read(template.body)
+        try:
+            body = Body(self, scope, header.result, kernel=template.kernel).read(template.body)
+        except RecursionError:
+            raise wrong(template.line, f"{template.name} is nested too deeply") from None
         self._making.pop()
         body.body[:0] = making.temporaries
         function.body = body

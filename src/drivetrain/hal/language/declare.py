@@ -94,6 +94,8 @@ def starts_type(cursor: Cursor, scope: Scope, ahead: int = 0) -> bool:
         return True
     if word == "std" and cursor.peek(ahead + 1) == "::":
         return isinstance(scope.find(cursor.peek(ahead + 2)), TypeName)
+    if cursor.peek(ahead + 1) == "::":
+        return False  # an enumerator
     return isinstance(scope.find(word), TypeName)
 
 

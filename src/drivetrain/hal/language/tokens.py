@@ -35,6 +35,7 @@ _PATTERN = re.compile(
     (?P<space>[ \t\r\f\v]+|\\\r?\n)
   | (?P<newline>\n)
   | (?P<comment>//(?:\\\r?\n|[^\n])*|/\*.*?\*/)
+  | (?P<endless>/\*)
   | (?P<name>[A-Za-z_]\w*)
   | (?P<number>(?:0[xX][0-9A-Fa-f.']+(?:[pP][+-]?\d+)?|(?:\d|\.\d)(?:[\d.']|[eE][+-]?\d)*)\w*)
   | (?P<string>(?:L|u8|u|U)?"(?:\\.|[^"\\\n])*")
@@ -53,10 +54,10 @@ def scan(text: str, line: int = 1) -> list[Token]:
     while position < len(text):
         match = _PATTERN.match(text, position)
         if match is None:
-            if text.startswith("/*", position):
-                raise wrong(line, "this comment has no end")
             raise wrong(line, f"the character {text[position]!r} does not belong to the language")
         kind = match.lastgroup or ""
+        if kind == "endless":
+            raise wrong(line, "this comment has no end")
         word = match.group()
         if kind == "newline":
             start, space = True, False

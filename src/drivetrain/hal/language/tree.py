@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
 from drivetrain.hal.language.types import BOOL, U32, Struct, Type
@@ -294,10 +295,15 @@ class Program:
 # -- walks
 
 
+@cache
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(item.name for item in fields(kind))
+
+
 def parts(node: Any) -> Iterator[Any]:
     """The expressions and statements directly below one."""
-    for item in fields(node):
-        value = getattr(node, item.name)
+    for name in _names(type(node)):
+        value = getattr(node, name)
         if isinstance(value, (Expr, Stmt)):
             yield value
         elif isinstance(value, list):
@@ -308,9 +314,13 @@ def parts(node: Any) -> Iterator[Any]:
 
 def walk(node: Any) -> Iterator[Any]:
     """The node and all below it, in the order of the source."""
-    yield node
-    for part in parts(node):
-        yield from walk(part)
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        yield node
+        below = list(parts(node))
+        below.reverse()
+        stack += below
 
 
 def root_var(expr: Expr) -> Var | None:

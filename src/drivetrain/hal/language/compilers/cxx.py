@@ -139,6 +139,14 @@ def translation(source: Source, options: Options) -> Translated:
             op="compile",
             log=text,
         ) from error
+    except RecursionError:
+        raise CompileError(
+            f"{source.name} cannot be compiled for the cpu: it is nested too deeply",
+            code="compile",
+            driver="cpu",
+            op="compile",
+            log=f"{source.name}: nested too deeply",
+        ) from None
 
 
 def _refused(source: Source, path: str, status: int | None, reason: str, log: str) -> HalError:
