@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from drivetrain.hal.device import Device
 
 TOPICS = (
+    "discovery",
     "memory",
     "copies",
     "ordering",

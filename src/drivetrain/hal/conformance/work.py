@@ -76,8 +76,8 @@ def second(device: Device) -> Device:
 
 
 def stranger(device: Device) -> Device:
-    """A device of another driver, or another one of this: the simulated one."""
-    return next(d for d in hal.devices("simulated") if d.address != device.address)
+    """A device of another driver: the simulated one, or the processor."""
+    return hal.devices("cpu" if device.driver == "simulated" else "simulated")[0]
 
 
 def refused(what: str, call: Callable[[], Any], kind: type[Exception] = BadInput) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import array
+import gc
+import weakref
 
-from drivetrain.hal.conformance.check import check
+from drivetrain.hal.conformance.check import check, expect
 from drivetrain.hal.conformance.work import (
     NEW,
     OLD,
@@ -16,6 +18,7 @@ from drivetrain.hal.conformance.work import (
     stranger,
 )
 from drivetrain.hal.device import Device
+from drivetrain.hal.link import LinkKind
 
 SIZES = (1, 2, 3, 7, 16, 31, 255, 256, 257, 4095, 4097, 65535, 1 << 16, 1_000_003)
 LARGE = (16 << 20) + 3
@@ -149,3 +152,37 @@ def other_driver(device: Device) -> None:
         back = device.alloc(nbytes, stream=here)
         back.copy_from(away, stream=here)
         same(read(back, here), content, f"{nbytes} bytes from {other.address}")
+
+
+@check()
+def kept_alive(device: Device) -> None:
+    """A host array that is copied to lives until the copy is done, and no longer."""
+    stream = device.stream()
+    buffer = holding(device, stream, data(80_000))
+    busy(device, stream)
+    host = array.array("b", bytes(80_000))
+    held = weakref.ref(host)
+    buffer.copy_to(host, stream=stream)
+    del host
+    gc.collect()
+    kept = held()
+    expect(kept is not None, "the array that a queued copy goes to was let go of")
+    stream.synchronize()
+    assert kept is not None
+    same(kept.tobytes(), data(80_000), "an array that only the copy held")
+    del kept
+    gc.collect()
+    expect(held() is None, "the array is still held after the stream was synchronised")
+
+
+@check()
+def link(device: Device) -> None:
+    """How bytes go to itself and to another device is told, and measured."""
+    same_device, away = device.link(device), device.link(stranger(device))
+    expect(same_device.kind is LinkKind.SAME, f"the link to itself is {same_device.kind.value}")
+    expect(away.kind is LinkKind.STAGED, f"the link to another driver is {away.kind.value}")
+    for found in (same_device, away):
+        expect(
+            found.bandwidth_gbps is not None and found.bandwidth_gbps > 0,
+            f"{found.kind.value} has a bandwidth of {found.bandwidth_gbps} GB/s: {found.reason}",
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from drivetrain.hal.conformance.check import check, expect
-from drivetrain.hal.conformance.work import backend, is_new, written_late
+from drivetrain.hal.conformance.work import backend, busy, is_new, written_late
 from drivetrain.hal.device import Device
 
 
@@ -75,3 +75,17 @@ def recorded_again(device: Device) -> None:
     driver.event_synchronize(event, 60.0)
     is_new(buffer, other, "an event was recorded again and synchronised")
     driver.event_destroy(event)
+
+
+@check()
+def of_each_point(device: Device) -> None:
+    """An event is done when its own point is reached, though more work was queued behind it."""
+    stream = device.stream()
+    buffer = written_late(device, stream)
+    event = stream.record()
+    busy(device, stream, 8.0)
+    event.synchronize(60.0)
+    late = stream.record()
+    expect(not (late.done and stream.done) or event.done, "the later event was done first")
+    expect(not stream.done, "an event was synchronised and all that was queued behind it is done")
+    is_new(buffer, stream, "the work before the event")

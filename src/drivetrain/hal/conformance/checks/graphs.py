@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from drivetrain.errors import BadInput
+import gc
+
+from drivetrain.errors import BadInput, HalError
 from drivetrain.hal.conformance.check import check, expect
 from drivetrain.hal.conformance.work import (
     NEW,
@@ -13,6 +15,7 @@ from drivetrain.hal.conformance.work import (
     read,
     refused,
     same,
+    stranger,
 )
 from drivetrain.hal.device import Device
 
@@ -171,3 +174,89 @@ def not_twice(device: Device) -> None:
     outer.launch(stream)
     found = read(buffer, stream)
     expect(found == b"\x05" * 100, "the graph that was captured in spite of that is wrong")
+
+
+@check()
+def empty(device: Device) -> None:
+    """A graph of nothing can be captured and launched."""
+    stream = device.stream()
+    with stream.capture() as graph:
+        pass
+    graph.launch(stream)
+    stream.synchronize()
+
+
+@check()
+def closed_in_flight(device: Device) -> None:
+    """What was launched still happens when the graph is closed right after."""
+    stream = device.stream()
+    buffer = holding(device, stream, OLD * 10_000)
+    with stream.capture() as graph:
+        buffer.fill(NEW, stream=stream)
+    busy(device, stream)
+    graph.launch(stream)
+    graph.close()
+    del graph
+    gc.collect()
+    same(read(buffer, stream), NEW * 10_000, "what a graph did that was closed while queued")
+
+
+@check()
+def back_to_back(device: Device) -> None:
+    """Launches queued one behind another happen one behind another."""
+    stream = device.stream()
+    ring = [holding(device, stream, bytes([n]) * 5000) for n in range(4)]
+    spare = holding(device, stream, OLD * 5000)
+    with stream.capture() as graph:  # each moves one place on
+        spare.copy_from(ring[3], stream=stream)
+        for n in (3, 2, 1):
+            ring[n].copy_from(ring[n - 1], stream=stream)
+        ring[0].copy_from(spare, stream=stream)
+    busy(device, stream)
+    for _ in range(11):
+        graph.launch(stream)
+    for n in range(4):
+        same(read(ring[n], stream), bytes([(n - 11) % 4]) * 5000, f"place {n} after 11 launches")
+
+
+@check()
+def other_streams_meanwhile(device: Device) -> None:
+    """A buffer that a captured stream used before can be closed while the capture goes on; its
+    memory waits for that use."""
+    stream, home = device.stream(), device.stream()
+    nbytes = 1 << 20
+    kept = holding(device, stream, OLD * nbytes)
+    buffer = holding(device, home, NEW * nbytes)
+    busy(device, stream)
+    kept.copy_from(buffer, stream=stream)
+    with stream.capture() as graph:
+        kept.view(0, 1).fill(NEW, stream=stream)
+        buffer.close()
+        with device.alloc(nbytes, stream=home) as again:
+            again.fill(OLD, stream=home)
+            home.synchronize()
+    graph.launch(stream)
+    same(read(kept, stream), NEW * nbytes, "what was copied before the capture began")
+
+
+@check()
+def not_while_capturing(device: Device) -> None:
+    """What no graph can hold is refused while capturing, and the capture goes on: allocations on
+    the stream, copies between devices; events are held or refused."""
+    stream, foreign = device.stream(), stranger(device)
+    away = foreign.stream()
+    buffer = holding(device, stream, OLD * 100)
+    theirs = holding(foreign, away, NEW * 100)
+    idle = device.stream().record()
+    with stream.capture() as graph:
+        buffer.fill(NEW, stream=stream)
+        refused("alloc", lambda: device.alloc(10, stream=stream), HalError)
+        refused("copy", lambda: buffer.copy_from(theirs, stream=stream), HalError)
+        for act in (stream.record, lambda: stream.wait(idle)):
+            try:
+                act()
+            except HalError as error:
+                expect(error.code == "capturing", f"an event was refused with {error.code}")
+        refused("launch of an unfinished graph", lambda: graph.launch(stream))
+    graph.launch(stream)
+    same(read(buffer, stream), NEW * 100, "the graph")

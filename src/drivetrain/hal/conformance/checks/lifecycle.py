@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 
+from drivetrain import hal
 from drivetrain.errors import DrivetrainError
 from drivetrain.hal.conformance.check import OWN_MEMORY, check, expect
 from drivetrain.hal.conformance.work import (
@@ -224,3 +225,54 @@ def after_fork(device: Device) -> None:
     code = os.waitstatus_to_exitcode(status)
     expect(code == 0, "the child was not refused" if code == 1 else f"the child ended with {code}")
     same(read(buffer, stream), data(1000), "the parent's buffer")
+
+
+@check()
+def forgotten_in_flight(device: Device) -> None:
+    """Work of buffers and streams that are forgotten while it is queued happens all the same."""
+    other = device.stream()
+    kept = [device.alloc(20_000, stream=other) for _ in range(4)]
+    other.synchronize()
+    for number, target in enumerate(kept):
+        stream = device.stream()
+        source = holding(device, stream, data(20_000, number))
+        busy(device, stream, 0.3)
+        target.copy_from(source, stream=stream)
+        del source, stream
+    gc.collect()
+    for _ in range(8):
+        device.alloc(20_000, stream=other).fill(OLD, stream=other)
+    device.synchronize()
+    for number, target in enumerate(kept):
+        same(read(target, other), data(20_000, number), f"copy {number} of a forgotten buffer")
+
+
+@check("compute", limit_s=120.0)
+def module_before_its_work(device: Device) -> None:
+    """A kernel that is forgotten with its module while it is queued runs all the same."""
+    stream = device.stream()
+    text = 'extern "C" __global__ void last(int *out) { out[0] = 4711; }'
+    out = holding(device, stream, OLD * 4)
+    kernel = device.compile(hal.Source.cuda(text)).kernel("last")
+    busy(device, stream)
+    kernel(stream, 1, 1, out)
+    del kernel
+    gc.collect()
+    same(read(out, stream), (4711).to_bytes(4, "little"), "a kernel whose module was forgotten")
+
+
+@check("compute", limit_s=120.0)
+def graph_keeps_all(device: Device) -> None:
+    """A graph keeps its kernels and buffers though nobody else does."""
+    stream = device.stream()
+    text = 'extern "C" __global__ void copy1(int *out, const int *in) { out[0] = in[0] + 1; }'
+    out, source = holding(device, stream, OLD * 4), holding(device, stream, bytes(4))
+    kernel = device.compile(hal.Source.cuda(text)).kernel("copy1")
+    with stream.capture() as graph:
+        kernel(stream, 1, 1, out, source)
+    del kernel, source
+    gc.collect()
+    for _ in range(8):
+        device.alloc(4, stream=stream).fill(OLD, stream=stream)
+    graph.launch(stream)
+    same(read(out, stream), (1).to_bytes(4, "little"), "a graph whose parts nobody else holds")

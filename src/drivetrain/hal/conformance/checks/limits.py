@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from drivetrain.errors import Timeout
@@ -11,6 +12,8 @@ from drivetrain.hal.device import Device
 from drivetrain.hal.stream import Stream
 
 _ROUNDS = 5
+
+WAIT_LIMIT = "DRIVETRAIN_WAIT_LIMIT_S"
 
 Wait = Callable[[Stream, float], None]
 
@@ -24,8 +27,10 @@ def _limited(device: Device, wait: Wait) -> None:
         expired = False
         try:
             wait(stream, 0.0)
-        except Timeout:
+        except Timeout as error:
             expired = True
+            expect(error.device == device.address, f"it names the device {error.device!r}")
+            expect(isinstance(error, TimeoutError), "it is no TimeoutError")
         if not expired:
             in_time += 1
             event = stream.record()
@@ -70,3 +75,27 @@ def long_enough(device: Device) -> None:
     buffer.fill(NEW, stream=stream)
     stream.synchronize(60.0)
     is_new(buffer, other, "a wait of up to 60 s returned")
+
+
+@check()
+def default(device: Device) -> None:
+    """A wait without a limit of its own has that of DRIVETRAIN_WAIT_LIMIT_S."""
+    waits: tuple[Callable[[Stream], None], ...] = (
+        lambda stream: stream.synchronize(),
+        lambda stream: stream.record().synchronize(),
+        lambda stream: device.synchronize(),
+    )
+    for wait in waits:
+
+        def limited(stream: Stream, limit: float, wait: Callable[[Stream], None] = wait) -> None:
+            before = os.environ.get(WAIT_LIMIT)
+            os.environ[WAIT_LIMIT] = str(limit or 1e-9)
+            try:
+                wait(stream)
+            finally:
+                if before is None:
+                    del os.environ[WAIT_LIMIT]
+                else:
+                    os.environ[WAIT_LIMIT] = before
+
+        _limited(device, limited)

@@ -23,6 +23,7 @@ from drivetrain.hal.device import Device
 from drivetrain.hal.kinds import Kind
 from drivetrain.hal.memory import Buffer
 from drivetrain.hal.opened import opened
+from drivetrain.hal.pool import Pool
 from drivetrain.hal.resource import FailureInjection
 
 SIZES = (1, 2, 3, 15, 16, 17, 255, 256, 257, 1000, 4095, 4096, 65537, 1 << 20)
@@ -232,6 +233,11 @@ def _host_memory(device: Device, kind: Kind) -> None:
         host.fill(NEW, stream=stream)
         stream.synchronize()
         same(bytes(view), NEW * len(content), f"a fill of {kind.name.lower()} memory")
+        with device.alloc(len(content), stream=stream, kind=kind) as other:
+            other.copy_from(content, stream=stream)
+            host.copy_from(other, stream=stream)
+            stream.synchronize()
+            same(bytes(view), content, f"a copy between two buffers of {kind.name.lower()} memory")
         view.release()
 
 
@@ -244,3 +250,92 @@ def freed_once(device: Device) -> None:
     driver.free(ptr, Kind.DEVICE, stream.handle)
     refused("a second free", lambda: driver.free(ptr, Kind.DEVICE, stream.handle), HalError)
     refused("a free of nothing", lambda: driver.free(64, Kind.DEVICE, stream.handle), HalError)
+
+
+@check()
+def views_of_views(device: Device) -> None:
+    """A view of a view begins where both say, and each keeps the memory alive."""
+    stream = device.stream()
+    content = data(4096)
+    buffer = holding(device, stream, content)
+    inner = buffer.view(100, 3000).view(77, 1001)
+    same(read(inner, stream), content[177:1178], "a view of a view")
+    del buffer
+    gc.collect()
+    device.alloc(4096, stream=stream).fill(OLD, stream=stream)
+    same(read(inner, stream), content[177:1178], "a view of a buffer that nobody else holds")
+
+
+@check()
+def wrapped(device: Device) -> None:
+    """Memory of somebody else as a buffer: the same bytes, its owner kept alive, nothing freed."""
+    stream = device.stream()
+    memory = driver_memory(device)
+    owner = Buffer.of(opened(device), 1000, Kind.DEVICE, stream, memory)
+    owner.copy_from(data(1000), stream=stream)
+    theirs = device.wrap(owner.ptr + 100, 500, owner=owner)
+    del owner
+    gc.collect()
+    expect(memory.stats().live == 1, "the owner of wrapped memory was not kept alive")
+    same(read(theirs, stream), data(1000)[100:600], "wrapped memory")
+    theirs.fill(NEW, stream=stream)
+    same(read(theirs, stream), NEW * 500, "wrapped memory that was filled")
+    theirs.close()
+    gc.collect()
+    expect(memory.stats().live == 0, "the owner is kept though the buffer was closed")
+
+
+@check()
+def retried(device: Device) -> None:
+    """When a request does not fit, what a pool holds unused goes back and it is tried again; what
+    does not fit then is OutOfMemory with the bytes asked for, and the pool works on."""
+    stream = device.stream()
+    failing: set[int] = {2}
+    below = FailureInjection(driver_memory(device), lambda number, nbytes: number in failing)
+    pool = Pool(below)
+    device.alloc(3 << 20, stream=stream, pool=pool).close()
+    with device.alloc(30 << 20, stream=stream, pool=pool) as buffer:
+        buffer.fill(NEW, stream=stream)
+        same(read(buffer, stream), NEW * (30 << 20), "a buffer whose first request failed")
+        now = pool.stats()
+        expect(now.retries == 1, f"{now.retries} retries were counted, 1 was expected")
+        expect(now.reserved < 60 << 20, f"{now.reserved} bytes are held: nothing was given back")
+        failing |= {4, 5}
+        try:
+            device.alloc(50 << 20, stream=stream, pool=pool)
+        except OutOfMemory as error:
+            expect(error.requested == 50 << 20, f"it says that {error.requested} were requested")
+            expect(error.total > 0, "it does not say how much there is in all")
+            expect(isinstance(error, MemoryError), "it is no MemoryError")
+        else:
+            expect(False, "a request that was made to fail twice succeeded")
+    with device.alloc(50 << 20, stream=stream, pool=pool) as buffer:
+        buffer.fill(OLD, stream=stream)
+    stream.synchronize()
+    pool.trim()
+    expect(pool.stats().reserved == 0, f"after trim {pool.stats().reserved} bytes are held")
+
+
+@check()
+def limited(device: Device) -> None:
+    """A pool with a limit refuses what would pass it with OutOfMemory, and gives it after a
+    close."""
+    stream = device.stream()
+    pool = Pool(driver_memory(device), limit=24 << 20)
+    first = device.alloc(16 << 20, stream=stream, pool=pool)
+    refused(
+        "16 MiB above the limit",
+        lambda: device.alloc(16 << 20, stream=stream, pool=pool),
+        OutOfMemory,
+    )
+    first.close()
+    with device.alloc(20 << 20, stream=stream, pool=pool) as second:
+        second.fill(NEW, stream=stream)
+        same(read(second, stream), NEW * (20 << 20), "a buffer just below the limit")
+
+
+@check()
+def told(device: Device) -> None:
+    """memory() tells what is free and what there is: above 0, and not more free than there is."""
+    free, total = backend(device).memory()
+    expect(0 < free <= total, f"{free} of {total} bytes are free")

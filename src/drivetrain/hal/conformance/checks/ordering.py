@@ -14,9 +14,11 @@ from drivetrain.hal.conformance.work import (
     is_new,
     read,
     same,
+    stranger,
     written_late,
 )
 from drivetrain.hal.device import Device
+from drivetrain.hal.kinds import Way
 
 
 @check()
@@ -174,3 +176,57 @@ def used_memory_waits(device: Device) -> None:
         found = read(kept, reader)
         expect(found == NEW * nbytes, "memory was used again while another stream read it")
         again.close()
+
+
+@check()
+def named_user_waits(device: Device) -> None:
+    """A buffer whose other user was named by used_by, or when it is closed, waits for it."""
+    home, reader = device.stream(), device.stream()
+    nbytes = 1 << 20
+    for named_at_close in (False, True):
+        buffer = holding(device, home, NEW * nbytes)
+        kept = device.alloc(nbytes, stream=reader)
+        reader.synchronize()
+        busy(device, reader)
+        backend(device).copy(
+            kept.ptr, buffer.ptr, nbytes, Way.DEVICE_TO_DEVICE, reader.handle, False
+        )
+        if named_at_close:
+            buffer.close(reader)
+        else:
+            buffer.used_by(reader)
+            buffer.close()
+        again = device.alloc(nbytes, stream=home)
+        again.fill(OLD, stream=home)
+        home.synchronize()
+        found = read(kept, reader)
+        expect(found == NEW * nbytes, "memory was used again while a named stream read it")
+        again.close()
+
+
+@check()
+def wrapped_stream(device: Device) -> None:
+    """Somebody else's stream, wrapped, has their order; closing it leaves theirs alone."""
+    theirs = device.stream()
+    ours = device.wrap_stream(theirs.handle, owner=theirs)
+    buffer = written_late(device, theirs)
+    is_new(buffer, ours, "the wrapped stream is the same stream")
+    buffer.fill(OLD, stream=ours)
+    ours.close()
+    same(read(buffer, theirs), OLD * buffer.nbytes, "what the wrapped stream queued")
+    with device.stream() as other:
+        other.wait(theirs)
+        same(read(buffer, other), OLD * buffer.nbytes, "the stream after its wrapper was closed")
+
+
+@check()
+def other_driver(device: Device) -> None:
+    """A stream that waits for a stream or event of another driver sees its work."""
+    foreign = stranger(device)
+    here, away = device.stream(), foreign.stream()
+    for by_event in (False, True):
+        buffer = written_late(device, here)
+        away.wait(here.record() if by_event else here)
+        away.synchronize()
+        other = device.stream()
+        is_new(buffer, other, f"a stream of {foreign.address} waited for this device's")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from drivetrain.hal import copies
-from drivetrain.hal.conformance.check import TWO_DEVICES, check
+from drivetrain.hal.conformance.check import TWO_DEVICES, check, expect
 from drivetrain.hal.conformance.work import (
     data,
     holding,
     is_new,
     read,
+    refused_early,
     same,
     second,
     written_late,
 )
 from drivetrain.hal.device import Device
+from drivetrain.hal.link import LinkKind
 from drivetrain.hal.opened import opened
 
 SIZES = (1, 3, 1000, 65537, (9 << 20) + 1)
@@ -79,3 +81,32 @@ def source_closed(device: Device) -> None:
         here.synchronize()
         same(read(target, there), data(nbytes, 1), "what was copied from a buffer closed after")
         again.close()
+
+
+@check(TWO_DEVICES)
+def strangers(device: Device) -> None:
+    """A stream or an event's time of the other device is refused where it cannot be meant."""
+    other = second(device)
+    here, there = device.stream(), other.stream()
+    buffer = holding(device, here, data(100))
+    refused_early(device, "alloc", lambda: device.alloc(10, stream=there))
+    refused_early(device, "fill", lambda: buffer.fill(b"x", stream=there))
+    refused_early(device, "copy in", lambda: buffer.copy_from(b"x", stream=there))
+    refused_early(device, "copy out", lambda: buffer.copy_to(bytearray(1), stream=there))
+    refused_early(device, "used_by", lambda: buffer.used_by(there))
+    with here.capture() as graph:
+        buffer.fill(b"x", stream=here)
+    refused_early(device, "a graph", lambda: graph.launch(there))
+    same(read(buffer, here), data(100), "the buffer after all that")
+
+
+@check(TWO_DEVICES)
+def link(device: Device) -> None:
+    """How bytes go between the two devices is told both ways, and measured."""
+    other = second(device)
+    for found in (device.link(other), other.link(device)):
+        expect(
+            found.kind in (LinkKind.PEER, LinkKind.STAGED),
+            f"the link is {found.kind.value}: {found.reason}",
+        )
+        expect(found.bandwidth_gbps, f"its bandwidth is {found.bandwidth_gbps}: {found.reason}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Callable
 
 from drivetrain.hal.conformance.check import Failed, check, expect
+from drivetrain.hal.conformance.checks import kernels
 from drivetrain.hal.conformance.work import data, driver_memory, holding, read, same
 from drivetrain.hal.device import Device
+from drivetrain.hal.memory import Buffer
 from drivetrain.hal.stream import Event
 
 THREADS = 8
@@ -141,3 +144,61 @@ def first_use(device: Device) -> None:
 
     _at_once(work)
     expect(len(found) == 1, f"the device was opened {len(found)} times")
+
+
+@check()
+def handed_over(device: Device) -> None:
+    """Buffers that one thread fills and another reads and closes have the first one's bytes."""
+    stream = device.stream()
+    ready: queue.SimpleQueue[tuple[int, Buffer, Event]] = queue.SimpleQueue()
+    rounds = 25
+
+    def work(number: int) -> None:
+        mine = device.stream()
+        for round in range(rounds):
+            if number % 2:
+                seed, buffer, event = ready.get(timeout=40.0)
+                mine.wait(event)
+                same(read(buffer, mine), data(3000, seed), f"buffer {seed} of another thread")
+                buffer.close()
+            else:
+                seed = 1000 * number + round
+                buffer = device.alloc(3000, stream=stream)
+                buffer.copy_from(data(3000, seed), stream=stream)
+                ready.put((seed, buffer, stream.record()))
+
+    _at_once(work)
+
+
+@check("compute", limit_s=120.0)
+def launches(device: Device) -> None:
+    """Threads that launch one kernel at once, each on its stream, get their own arguments."""
+    kernel = kernels.module(device).kernel("tell")
+    kept = [(device.stream(), []) for _ in range(THREADS)]  # type: ignore[var-annotated]
+
+    def work(number: int) -> None:
+        stream, outs = kept[number]
+        for round in range(40):
+            outs.append(device.alloc(4, stream=stream))
+            kernel(stream, 1, 1, outs[-1], 1000 * number + round)
+        for round, out in enumerate(outs):
+            wanted = (1000 * number + round).to_bytes(4, "little")
+            same(read(out, stream), wanted, f"launch {round} of thread {number}")
+
+    _at_once(work)
+
+
+@check()
+def graphs(device: Device) -> None:
+    """Threads that capture and launch at once, each on its stream, get their own graphs."""
+
+    def work(number: int) -> None:
+        stream = device.stream()
+        buffer = holding(device, stream, bytes(500))
+        for round in range(10):
+            with stream.capture() as graph:
+                buffer.fill(bytes([number * 10 + round]), stream=stream)
+            graph.launch(stream)
+            same(read(buffer, stream), bytes([number * 10 + round]) * 500, f"thread {number}")
+
+    _at_once(work)
