@@ -204,7 +204,7 @@ class Profile:
 
     def clock(self, device: str, uncertainty_s: float) -> None:
         with self._lock:
-            self.clocks[device] = max(self.clocks.get(device, 0.0), uncertainty_s)
+            self.clocks[device] = max(uncertainty_s, 0.0)
 
     # -- what is asked -------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ _MOST_ROWS = 512
 
 def roof(line: Line, peaks: Peaks | None) -> tuple[float, str] | None:
     """(share of the roofline that was reached, ``memory`` or ``compute``: what bounds it)."""
-    if peaks is None or not line.seconds:
+    if peaks is None or not line.seconds or line.kind != "kernel":
         return None
     bounds = []
     if line.nbytes and peaks.memory_gbps > 0:
@@ -114,10 +114,11 @@ def _notes(profile: Profile, estimated: bool) -> list[str]:
     notes = []
     for device, clock in sorted(_clocks(profile).items()):
         if clock == "device":
-            room = profile.clocks.get(device, 0.0) * 1e6
+            room = profile.clocks.get(device)
+            much = "" if room is None else f"up to {room * 1e6:.0f} us "
             notes.append(
-                f"{device}: times by events on the device; its row may lie up to {room:.0f} us too "
-                "early against the host's"
+                f"{device}: times by events on the device; its row may lie {much}too early against "
+                "the host's"
             )
         else:
             notes.append(

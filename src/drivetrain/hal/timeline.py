@@ -10,6 +10,7 @@ nothing ends after it was seen done. The first bound is used; the room between t
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import deque
@@ -113,6 +114,24 @@ class _Token:
     ranged: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A wait for a stream (0: for none in particular) began and ended then."""
+
+    opened: Opened | None
+    stream: int
+    began: float
+    ended: float
+
+    def at(self, each: _Pending) -> float:
+        """When the span was seen to be done."""
+        span = each.span
+        waited = each.opened is self.opened and span.stream == self.stream
+        if waited and span.called_at + span.call_s <= self.began:
+            return self.ended
+        return time.perf_counter()
+
+
 @dataclass(slots=True)
 class _Device:
     segment: Segment | None = None
@@ -132,7 +151,8 @@ class Collector:
         self._here = threading.local()
         self._since = 0
         self.threads: dict[int, str] = {}
-        """Names of the threads that made calls, by ident."""
+        """Names of the threads that made calls, by our number."""
+        self._numbers = itertools.count(1)
 
     @property
     def active(self) -> bool:
@@ -156,6 +176,10 @@ class Collector:
         self._wait(profile, _HURRY_S if hurry else wait_limit_s())
         with self._lock:
             self._flush()
+            devices = [(o, d.segment) for o, d in self._devices.items() if d.segment is not None]
+        for opened, segment in devices:
+            self._compare(opened, segment, profile)
+        with self._lock:
             left = [each for each in self._pending if profile in each.profiles]
             for each in left:  # not done in time: their times will not be known
                 each.profiles = tuple(p for p in each.profiles if p is not profile)
@@ -165,17 +189,24 @@ class Collector:
 
     def _wait(self, profile: Profile, limit_s: float) -> None:
         with self._lock:
-            ends = {
-                (e.opened, e.span.stream): e.end for e in self._pending if profile in e.profiles
-            }
-        deadline = time.monotonic() + limit_s
-        for (opened, _), event in ends.items():
-            if opened.closed:
-                continue
-            try:
-                opened.backend.event_synchronize(event, max(0.0, deadline - time.monotonic()))
-            except HalError:
-                continue  # who waits for the work is told why it failed
+            mine = [each for each in self._pending if profile in each.profiles]
+        _await(mine, limit_s)
+
+    def _compare(self, opened: Opened, segment: Segment, profile: Profile) -> None:
+        """An event of now, seen as soon as it is done: how late the clock may lie at most."""
+        event = 0
+        try:
+            event = opened.take_event(True)
+            opened.backend.event_record(event, opened.inner_stream("profile").handle)
+            if opened.backend.event_synchronize(event, _HURRY_S):
+                now = time.perf_counter()
+                since = opened.backend.event_seconds(segment.anchor, event)
+                segment.latest = min(segment.latest, now - since)
+                profile.clock(opened.device.address, segment.latest - segment.earliest)
+        except HalError:
+            pass  # the device is lost or closed
+        if event:
+            self._give(opened, event)
 
     def _forget(self) -> None:
         """Nobody profiles: give back every event."""
@@ -224,11 +255,13 @@ class Collector:
         return token
 
     def thread(self) -> int:
-        """The calling thread's ident, its name noted."""
-        ident = threading.get_ident()
-        if ident not in self.threads and len(self.threads) < _MOST_THREADS:
-            self.threads[ident] = threading.current_thread().name
-        return ident
+        """The calling thread's number, its name noted; idents of the system come again."""
+        number: int | None = getattr(self._here, "thread", None)
+        if number is None:
+            number = self._here.thread = next(self._numbers)
+        if number not in self.threads and len(self.threads) < _MOST_THREADS:
+            self.threads[number] = threading.current_thread().name
+        return number
 
     @staticmethod
     def _describe(work: Work, span: Span) -> None:
@@ -297,6 +330,9 @@ class Collector:
         if work.kind == "link":
             self._end_link(token)
             return
+        if work.kind == "wait" and error is None:
+            with self._lock:
+                self._flush(_Seen(opened, work.stream, span.called_at, now))
         if token.start and opened is not None:
             if error is None and self._end_event(work, opened, token):
                 return
@@ -362,13 +398,7 @@ class Collector:
         """Read what can be read of a device that closes."""
         with self._lock:
             here = [each for each in self._pending if each.opened is opened]
-            last = {each.span.stream: each.end for each in here}
-        deadline = time.monotonic() + _HURRY_S
-        for event in last.values():
-            try:
-                opened.backend.event_synchronize(event, max(0.0, deadline - time.monotonic()))
-            except HalError:
-                break
+        _await(here, _HURRY_S)
         with self._lock:
             self._flush()
             for each in [each for each in self._pending if each.opened is opened]:
@@ -386,7 +416,7 @@ class Collector:
 
     # -- reading times -------------------------------------------------------------------------
 
-    def _flush(self) -> None:
+    def _flush(self, seen: _Seen | None = None) -> None:
         """Read the times of all that is done. The lock is held."""
         self._since = 0
         kept: deque[_Pending] = deque()
@@ -399,7 +429,7 @@ class Collector:
                 waiting.add(key)
                 kept.append(each)
             else:
-                self._read(each, time.perf_counter())
+                self._read(each, seen.at(each) if seen is not None else time.perf_counter())
         self._pending = kept
 
     @staticmethod
@@ -434,8 +464,6 @@ class Collector:
                 seconds,
                 "device",
             )
-            for profile in each.profiles:
-                profile.clock(span.device, max(0.0, each.segment.latest - each.segment.earliest))
         if each.link is not None:
             each.link.parts -= 1
             self._part(each.link, each.span)
@@ -447,6 +475,20 @@ class Collector:
     def _add(span: Span, profiles: tuple[Profile, ...]) -> None:
         for profile in profiles:
             profile.add(span)
+
+
+def _await(pending: list[_Pending], limit_s: float) -> None:
+    """Wait until these are done, and the events that their times are counted from."""
+    last = {(each.opened, each.span.stream): each.end for each in pending}
+    last |= {(each.opened, -each.segment.anchor): each.segment.anchor for each in pending}
+    deadline = time.monotonic() + limit_s
+    for (opened, _), event in last.items():
+        if opened.closed:
+            continue
+        try:
+            opened.backend.event_synchronize(event, max(0.0, deadline - time.monotonic()))
+        except HalError:
+            continue  # who waits for the work is told why it failed
 
 
 collector = Collector()
