@@ -57,6 +57,17 @@ def test_a_result_holds_for_one_driver_version(
     assert calibration.load(updated) is None
 
 
+def test_what_was_measured_is_the_roofline_of_profiles(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert calibration.peaks(device) is None
+    monkeypatch.setattr(calibration, "_measure", lambda *_: FOUND)
+    found = calibration.calibrate(device)
+    roof = calibration.peaks(device)
+    assert roof == hal.Peaks(2 * found.copy_gbps, found.peak_flops)
+    assert hal.profile(peaks=calibration.peaks).peaks(device.address) == roof
+
+
 def test_a_worker_that_cannot_start_its_torch_gives_the_reason(
     device: hal.Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

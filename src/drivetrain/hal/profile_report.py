@@ -222,7 +222,7 @@ def chrome_trace(profile: Profile) -> dict[str, Any]:
         events += _in_order(row)
     events.sort(key=lambda event: (event["ts"], -event["dur"]))
     named = _names(
-        _HOST, "host", [(n, profile.threads.get(k) or f"{k}") for n, k in threads.names()]
+        _HOST, "host", [(n, profile.threads.get(k) or f"thread {k}") for n, k in threads.names()]
     )
     for address, (pid, rows) in devices.items():
         named += _names(pid, address, [(n, f"stream {n}") for n, _ in rows.names()])

@@ -17,6 +17,7 @@ from typing import Any
 from drivetrain.errors import HalError
 from drivetrain.hal import config, isolated
 from drivetrain.hal.device import Device
+from drivetrain.hal.profile import Peaks
 
 FILE = "calibration.json"
 LIMIT_S = 180.0
@@ -76,6 +77,15 @@ def _read(entry: Any) -> Calibration | None:
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return None  # written by another version: measure again
+
+
+def peaks(device: Device, *, home: Path | None = None) -> Peaks | None:
+    """The device's roofline for ``hal.profile(peaks=calibration.peaks)``; None: not measured.
+
+    A kernel's bytes are read and written ones together, a copy's count once: hence twice its GB/s.
+    """
+    found = load(device, home=home)
+    return None if found is None else Peaks(2 * found.copy_gbps, found.peak_flops)
 
 
 def save(device: Device, calibration: Calibration, *, home: Path | None = None) -> None:
