@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from drivetrain.errors import BadInput
 from drivetrain.hal import watch
+from drivetrain.hal.hot import StreamCore
 from drivetrain.hal.kinds import Kind, Way
 from drivetrain.hal.memory import Buffer
 
@@ -30,6 +31,8 @@ def copy(dst: Buffer, src: Buffer, stream: Stream) -> None:
         raise BadInput(f"copy: the source of {src.nbytes} bytes is closed")
     if src.nbytes > dst.nbytes:
         raise BadInput(f"copy: {src.nbytes} bytes do not fit a buffer of {dst.nbytes} bytes")
+    if not isinstance(stream, StreamCore):
+        raise BadInput(f"copy: stream= takes a Stream, not a {type(stream).__name__}")
     if stream._opened is not dst._opened and stream._opened is not src._opened:
         raise BadInput(
             f"copy: the stream is on {stream.device.address}, the buffers on "
