@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Buffer", "MemoryInfo", "MemoryKind"]
 
 _MOST_BYTES = 1 << 48
+_MANY_USERS = 16
 
 
 class Buffer(BufferCore):
@@ -152,10 +153,13 @@ class Buffer(BufferCore):
             root._note(stream)
             self._last_user(stream)
             return
-        if stream is not self._home:
-            if self._users is None:
-                self._users = set()
-            self._users.add(stream)
+        users = self._users
+        if stream is not self._home and (users is None or stream not in users):
+            if users is None:
+                users = self._users = set()
+            elif len(users) >= _MANY_USERS:
+                _hand_on(users)
+            users.add(stream)
         self._last_user(stream)
 
     def _note_event(self, event: Event) -> None:
@@ -310,6 +314,15 @@ def alloc(
     from drivetrain.hal.opened import opened
 
     return Buffer.of(opened(device), nbytes, kind, stream, pool)
+
+
+def _hand_on(users: set[Stream]) -> None:
+    """Streams that were closed are left to their heirs: a buffer may outlive any number of them."""
+    for user in tuple(users):
+        if not user.handle:
+            if user._heir is not None:
+                users.add(user._heir)
+            users.discard(user)
 
 
 def _same_device(opened: Opened, stream: Stream, op: str) -> None:

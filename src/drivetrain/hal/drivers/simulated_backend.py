@@ -203,6 +203,19 @@ class Simulated:
             device=f"{NAME}:{self.info.index}",
         )
 
+    # -- for the conformance kit -----------------------------------------------------------------
+
+    def handles(self) -> dict[str, int]:
+        """How many of each the backend holds."""
+        with self._lock:
+            return {
+                "streams": len(self._queues),
+                "events": len(self._events),
+                "modules": len(self._modules),
+                "functions": len(self._functions),
+                "graphs": len(self._graphs),
+            }
+
     # -- life ------------------------------------------------------------------------------------
 
     def close(self) -> None:
@@ -513,8 +526,11 @@ class Simulated:
     @_entry
     def module_unload(self, module: int) -> None:
         with self._lock:
-            if self._modules.pop(module, None) is None:
+            library = self._modules.pop(module, None)
+            if library is None:
                 self.fail("module_unload", "bad_handle", f"{module} is no module")
+            for handle in [h for h, f in self._functions.items() if f.library is library]:
+                del self._functions[handle]
 
     @_entry
     def function(self, module: int, symbol: str) -> int:
