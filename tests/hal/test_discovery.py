@@ -35,6 +35,13 @@ def addresses(*arguments: object, **options: object) -> list[str]:
     return [device.address for device in hal.devices(*arguments, **options)]  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True)
+def _no_opencl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever OpenCL platforms the machine has, none is registered here."""
+    monkeypatch.setenv("OCL_ICD_VENDORS", str(tmp_path / "no-vendors"))
+    registry.refresh()
+
+
 @pytest.fixture
 def trusted(outside: Path) -> Path:
     registry.trust("alpha")
@@ -136,7 +143,7 @@ def test_an_unknown_address_is_bad_input_that_names_those_that_exist(address: st
 
 
 def test_an_unknown_driver_is_bad_input_that_names_those_that_exist() -> None:
-    with pytest.raises(BadInput, match="cuda, cpu"):
+    with pytest.raises(BadInput, match="cuda, opencl, cpu"):
         hal.devices("voodoo")
 
 

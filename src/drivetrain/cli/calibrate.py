@@ -36,7 +36,7 @@ def calibrate(
 
     chosen = tuple(dict.fromkeys(hal.device(address) for address in addresses or ()))
     if not chosen:
-        chosen = hal.devices()
+        chosen = tuple(each for each in hal.devices() if not each.info.by_name_only)
     measured: dict[str, Any] = {}
     failed: dict[str, str] = {}
     with _Progress(sys.stderr) as progress:

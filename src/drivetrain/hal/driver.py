@@ -16,6 +16,8 @@ The rules of the required core:
 * ``discover()`` is passive: it initialises no runtime and opens no context. It returns every device
   it sees, raises ``DriverMissing`` when the vendor's software is not there (the driver is then
   *absent*) and any other ``HalError`` when it is there and does not work (*broken*).
+* ``known()``, where a driver has it, tells from files what ``discover()`` found before, or None
+  when something has changed since that a listing depends on. It spares the child process.
 * ``telemetry(info)`` reads sensors without a context.
 * ``probe(info)`` does a small operation on the device and compares the result; it raises a
   ``HalError`` otherwise. It runs in a child of its own under ``info.isolation``, may hang, and may
@@ -309,6 +311,7 @@ class Driver:
     telemetry: Callable[[DeviceInfo], Telemetry]
     probe: Callable[[DeviceInfo], None]
     open: Callable[[DeviceInfo], Backend] | None = None
+    known: Callable[[], tuple[DeviceInfo, ...] | None] | None = None
     api_version: int = API_VERSION
     in_process: bool = False
     """Discovery and telemetry read only files of the system: they need no child."""

@@ -190,6 +190,10 @@ static void leave(const dt_calls *calls, void *before) {
     if (before) ((set_context)calls->set_context)(before);
 }
 
+static _Atomic uint64_t opencl_launches;
+
+uint64_t dt_opencl_launches(void) { return opencl_launches; }
+
 static int launch_opencl(const dt_calls *calls, void *function, const uint32_t grid[3],
                          const uint32_t block[3], uint32_t shared, void *stream, void **arguments,
                          const int32_t *sizes, unsigned count) {
@@ -215,7 +219,10 @@ static int launch_opencl(const dt_calls *calls, void *function, const uint32_t g
         local[i] = block[i];
         if (whole[i] > 1) dims = (unsigned)i + 1;
     }
-    return ((opencl_launch)calls->launch)(stream, function, dims, NULL, whole, local, 0, NULL, NULL);
+    int code =
+        ((opencl_launch)calls->launch)(stream, function, dims, NULL, whole, local, 0, NULL, NULL);
+    atomic_fetch_add_explicit(&opencl_launches, 1, memory_order_relaxed);
+    return code;
 }
 
 int dt_launch(const dt_calls *calls, void *function, const uint32_t grid[3],

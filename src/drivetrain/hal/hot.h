@@ -71,6 +71,10 @@ int dt_launch(const dt_calls *calls, void *function, const uint32_t grid[3],
 
 int dt_record(const dt_calls *calls, void *event, void *stream);
 
+/* Launches that dt_launch made through OpenCL, of the whole process: while it stays the same,
+ * nothing was queued behind a driver's back. */
+uint64_t dt_opencl_launches(void);
+
 #ifdef __cplusplus
 }
 #endif

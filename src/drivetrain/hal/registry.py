@@ -80,6 +80,8 @@ def _surroundings() -> object:
         "DRIVETRAIN_CPU_PARTITIONS",
         "DRIVETRAIN_HOME",
         "DRIVETRAIN_SIMULATED",
+        "OCL_ICD_FILENAMES",
+        "OCL_ICD_VENDORS",
         _LIMIT,
     )
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()
@@ -138,6 +140,11 @@ def _discover() -> _Found:
                 started = time.monotonic()
                 states[name], infos[name] = _here(state, driver.discover)
                 states[name] = replace(states[name], seconds=time.monotonic() - started)
+                continue
+            kept = driver.known() if driver.known is not None else None
+            if kept:
+                states[name] = replace(state, version=kept[0].driver_version)
+                infos[name] = kept
                 continue
         states[name] = state
         requests[name] = isolated.Request("discover", name)
@@ -207,6 +214,7 @@ def _arranged(states: dict[str, DriverInfo], infos: list[DeviceInfo]) -> _Found:
         routes.append(found)
         if found.address == addresses[0] and found.driver not in loading.BY_NAME:
             listed.append(found)
+    listed.sort(key=lambda device: device.info.by_name_only)  # stable: the rest keeps its order
     return _Found(MappingProxyType(states), tuple(routes), tuple(listed))
 
 
@@ -221,7 +229,7 @@ def drivers() -> Mapping[str, DriverInfo]:
 def devices(
     driver: str | None = None, *, vendor: str | None = None, all_routes: bool = False
 ) -> tuple[Device, ...]:
-    """The devices, preferred drivers first and the cpu last.
+    """The devices, preferred drivers first, then the cpu, then other runtimes on the processor.
 
     A device that two drivers reach is listed once, under the preferred one; ``all_routes`` lists
     each way, and so does naming a ``driver``. Simulated devices are listed only under their
@@ -247,7 +255,8 @@ def devices(
 def device(address: str = "") -> Device:
     """The device at ``driver:index`` or ``driver://uuid`` (or a unique beginning of the uuid).
 
-    ``""`` is the default: the first listed that is not known to be unusable. Raises BadInput for an
+    ``""`` is the default: the first listed that is not known to be unusable, other runtimes on the
+    processor left out. Raises BadInput for an
     address that names nothing, telling which exist.
     """
     found = _discovered()
@@ -255,7 +264,7 @@ def device(address: str = "") -> Device:
         from drivetrain.hal.probe import verdict
 
         for each in found.listed:
-            if verdict(each).usable is not False:
+            if not each.info.by_name_only and verdict(each).usable is not False:
                 return each
         raise BadInput("no device of this machine can be used; see `drivetrain doctor`")
     for each in found.routes:

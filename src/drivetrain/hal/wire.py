@@ -36,6 +36,7 @@ def info_from_json(value: Any) -> DeviceInfo:
         numa_node=_maybe(int, facts, "numa_node"),
         parent_uuid=_a(str, facts, "parent_uuid"),
         fault=_a(str, facts, "fault"),
+        by_name_only=_truth(facts, "by_name_only"),
         capabilities=_capabilities(facts["capabilities"]),
         isolation=_isolation(facts["isolation"]),
         telemetry=telemetry_from_json(facts["telemetry"]),
@@ -127,6 +128,13 @@ def _a(kind: type, facts: dict[str, Any], name: str) -> Any:
 
 def _maybe(kind: type, facts: dict[str, Any], name: str) -> Any:
     return None if facts[name] is None else _is(kind, facts[name], name)
+
+
+def _truth(facts: dict[str, Any], name: str) -> bool:
+    value = facts[name]
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is neither true nor false")
+    return value
 
 
 def _count(facts: dict[str, Any], name: str) -> int:

@@ -99,7 +99,7 @@ class Placer:
         """Every listed device as it is now; those not checked yet are probed first."""
         devices = hal.devices()
         known = verdicts(devices)
-        unchecked = [device for device in devices if known[device].usable is None]
+        unchecked = [d for d in devices if known[d].usable is None and not self._by_name_only(d)]
         if unchecked:
             known = {**known, **probe(unchecked)}
         seconds = self._database.step_seconds(self._key)
@@ -125,11 +125,17 @@ class Placer:
                         known_step_seconds=seconds.get(device.uuid),
                         usable=known[device].usable,
                         reason=known[device].reason,
+                        by_name_only=self._by_name_only(device),
                     ),
                     device,
                 )
             )
         return found
+
+    @staticmethod
+    def _by_name_only(device: Device) -> bool:
+        """Another runtime on the processor, or a route that PyTorch has no device for."""
+        return device.info.by_name_only or device.driver == "opencl"
 
     def _room(self, device: Device) -> tuple[int, int]:
         """(bytes that jobs may lease in all, bytes still free of leases) of a device's memory.

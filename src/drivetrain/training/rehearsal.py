@@ -59,7 +59,8 @@ def _pair() -> tuple[str, str]:
     """Two accelerators of one model, else two equal parts of the processor."""
     found: dict[tuple[str, str], list[str]] = {}
     for device in hal.devices():
-        if device.driver != "cpu" and not device.info.fault:
+        passed_over = device.driver in ("cpu", "opencl") or device.info.by_name_only
+        if not passed_over and not device.info.fault:
             found.setdefault((device.driver, device.name), []).append(device.address)
     for addresses in found.values():
         if len(addresses) >= 2:

@@ -92,12 +92,13 @@ def unregistered(root: Path = ROOT) -> str:
     if not path:
         return ""
     stem = NVIDIA.partition(".")[0]
-    if any(stem in _text(each) for each in icd_files(root)):
+    if any(stem in text(each) for each in icd_files(root)):
         return ""
     return path
 
 
-def _text(path: Path) -> str:
+def text(path: Path) -> str:
+    """What an ``.icd`` file says: the name of a library. Empty where it cannot be read."""
     try:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -123,16 +124,16 @@ def own_folder(root: Path = ROOT) -> Path | None:
     path = unregistered(root)
     if not path:
         return None
-    entries = {each.name: _text(each) for each in icd_files(root)}
+    entries = {each.name: text(each) for each in icd_files(root)}
     entries["drivetrain-nvidia.icd"] = path
     digest = hashlib.sha256(repr(sorted(entries.items())).encode()).hexdigest()[:16]
     folder = config.state_folder() / "opencl" / f"vendors-{digest}"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name, text in entries.items():
-            if _text(folder / name) != text:
+        for name, content in entries.items():
+            if text(folder / name) != content:
                 temporary = folder / f".{name}.{os.getpid()}.{threading.get_ident()}"
-                temporary.write_text(text + "\n", encoding="utf-8")
+                temporary.write_text(content + "\n", encoding="utf-8")
                 temporary.replace(folder / name)
     except OSError:
         return None
@@ -174,7 +175,7 @@ def fingerprint(root: Path = ROOT) -> str:
     libraries, the variables that platforms read. Reads files only."""
     facts: list[object] = [config.boot_id()]
     for path in icd_files(root):
-        name = _text(path)
+        name = text(path)
         facts += [str(path), _stamp(str(path)), name, _stamp(_found(name, root))]
     extra = unregistered(root)
     facts += [extra, _stamp(extra), _stamp(_found(LOADER, root))]
