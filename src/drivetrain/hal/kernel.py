@@ -506,6 +506,9 @@ class Module:
             raise BadInput(f"there is no kernel {name!r} in this code: {error}") from error
         kernel = Kernel(self, name, function, types, backend.function_facts(function))
         backend.function_arguments(function, kernel._sizes)
+        note = getattr(backend, "note_kernel", None)  # there with DRIVETRAIN_DEBUG=1
+        if note is not None:
+            note(kernel)
         return kernel
 
     @staticmethod

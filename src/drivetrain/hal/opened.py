@@ -127,6 +127,19 @@ class Opened:
                 found = self._pools[kind] = Pool(DriverMemory(self, kind))
             return found
 
+    def use_pool(self, pool: MemoryResource) -> None:
+        """From here on ``pool`` is the device's own for memory of its kind. Raises BadInput when
+        something came from another one already."""
+        from drivetrain.errors import BadInput
+
+        with self.lock:
+            found = self._pools.setdefault(pool.kind, pool)
+        if found is not pool:
+            raise BadInput(
+                f"{self.device.address} has its pool of {pool.kind.name.lower()} memory already; "
+                "name another one before the first buffer is made"
+            )
+
     def inner_stream(self, purpose: str) -> Stream:
         """A stream of the core's own, made once for each purpose."""
         from drivetrain.hal.stream import Stream
@@ -224,8 +237,19 @@ def opened(device: Device) -> Opened:
                 op="open",
                 device=device.address,
             )
-        found = _open[key] = Opened(device, driver.open(device.info))
+        found = _open[key] = Opened(device, _watched(driver.open(device.info), device))
         return found
+
+
+def _watched(backend: Backend, device: Device) -> Backend:
+    """With DRIVETRAIN_DEBUG=1, the backend behind one that explains failures."""
+    if os.environ.get("DRIVETRAIN_DEBUG", "") != "1":
+        return backend
+    from drivetrain.hal.debug import Debug
+
+    made: Any = Debug(backend, device)  # it passes on what it does not watch
+    behind: Backend = made
+    return behind
 
 
 def close_all() -> None:
