@@ -20,9 +20,10 @@ from functools import cache
 from importlib.resources import files
 
 from drivetrain.hal.language.convert import constant
-from drivetrain.hal.language.facts import KernelFacts, Param, Translated
+from drivetrain.hal.language.facts import KernelFacts, Translated
 from drivetrain.hal.language.inline import inlined, waits_for
 from drivetrain.hal.language.printer import SPELLED, Lines, Printer
+from drivetrain.hal.language.signature import kernel_params, kernel_symbols
 from drivetrain.hal.language.spaces import Places, Scheme, Shape, Spaces, signature
 from drivetrain.hal.language.tokens import wrong
 from drivetrain.hal.language.tree import (
@@ -48,14 +49,12 @@ from drivetrain.hal.language.types import (
     HALF,
     I64,
     U64,
-    WORDS,
     Array,
     Pointer,
     Scalar,
     Struct,
     Type,
     is_scalar,
-    size_of,
 )
 from drivetrain.hal.language.uniform import refuse_divergent, uniformity
 from drivetrain.hal.language.warps import LANES, lowered, uses_warps
@@ -81,9 +80,10 @@ def translate(program: Program, features: Sequence[str], *, fmad: bool = False) 
     rounded once.
     """
     unit = _Unit(program, frozenset(features))
-    facts = {}
-    for name, kernel in program.kernels.items():
-        facts[name] = unit.kernel(name, kernel)
+    symbols = kernel_symbols(program.kernels)
+    facts = {
+        name: unit.kernel(f"k_{symbols[name]}", kernel) for name, kernel in program.kernels.items()
+    }
     text, lines = unit.assembled(fmad)
     return Translated(text, facts, lines)
 
@@ -129,7 +129,7 @@ class _Unit:
         self.names.add(name)
         return name
 
-    def kernel(self, name: str, kernel: Function) -> KernelFacts:
+    def kernel(self, symbol: str, kernel: Function) -> KernelFacts:
         flat = inlined(kernel)
         assert flat.body is not None
         known = uniformity(flat)
@@ -137,8 +137,7 @@ class _Unit:
         warps = uses_warps(flat)
         if warps:
             flat = lowered(flat, known)
-        plain = "".join(c if c.isascii() and c.isalnum() else "_" for c in name).strip("_")
-        symbol = self.unique(f"k_{plain}")
+        symbol = self.unique(symbol)
         places = Places(flat, self.spaces)
         hidden = self.hidden(flat)
         printer = _Body(self, places, hidden)
@@ -146,8 +145,8 @@ class _Unit:
         self.out.rows += printer.out.rows
         # Shuffles keep a word for each thread.
         bounds = kernel.launch_bounds or (LANES if warps else 0)
-        params = tuple(_param(param) for param in kernel.params)
-        return KernelFacts(symbol, params, hidden.dynamic, bool(waits_for(kernel)), bounds)
+        waits = bool(waits_for(kernel))
+        return KernelFacts(symbol, kernel_params(kernel), hidden.dynamic, waits, bounds)
 
     def hidden(self, function: Function) -> _Hidden:
         if function not in self.hidden_of:
@@ -237,14 +236,6 @@ class _Unit:
                     line, "the device has no atomics of 64 bits (cl_khr_int64_base_atomics)"
                 )
             self.int64_atomics = True
-
-
-def _param(var: Var) -> Param:
-    if isinstance(var.type, Pointer):
-        return Param("ptr", 8, var.name)
-    if isinstance(var.type, Scalar):
-        return Param(WORDS[var.type], var.type.size, var.name)
-    return Param("struct", size_of(var.type), var.name)
 
 
 class _Body(Printer):
@@ -481,7 +472,8 @@ class _Body(Printer):
         if self.hidden.dynamic:
             params.append(f"__local long16 *{_DYNAMIC}")
         result = self.typed(function.result, self.places.scheme.result, "", function.line)
-        self.out.add(f"static {result} {symbol}({', '.join(params) or 'void'})", function.line)
+        kind = "DT_INLINED" if _asks_who(function) else "static"
+        self.out.add(f"{kind} {result} {symbol}({', '.join(params) or 'void'})", function.line)
         self.out.add("{")
         self.out.depth += 1
         self.body(function)
@@ -492,6 +484,15 @@ class _Body(Printer):
             self.stmt(stmt)
         self.out.depth -= 1
         self.out.add("}")
+
+
+def _asks_who(function: Function) -> bool:
+    """Whether it reads an index of its thread, or calls one that does."""
+    assert function.body is not None
+    return any(
+        isinstance(node, Index3) or (isinstance(node, Call) and _asks_who(node.function))
+        for node in walk(function.body)
+    )
 
 
 def _bits(kind: Type, text: str) -> str:

@@ -12,6 +12,10 @@
 #pragma OPENCL EXTENSION cl_khr_int64_base_atomics : enable
 #endif
 
+/* Of functions that ask which thread they run in: PoCL 3.1 tells them another's, where it keeps the
+   call; there is no recursion, so it is always possible. */
+#define DT_INLINED static inline __attribute__((always_inline))
+
 static inline int dt_float_as_int(float x) { return as_int(x); }
 static inline uint dt_float_as_uint(float x) { return as_uint(x); }
 static inline float dt_int_as_float(int x) { return as_float(x); }
@@ -88,45 +92,45 @@ static inline dt_half dt_float2half(float x) {
 }
 
 static inline void dt_fence(void) { mem_fence(CLK_LOCAL_MEM_FENCE | CLK_GLOBAL_MEM_FENCE); }
-static inline uint dt_thread(void) {
+DT_INLINED uint dt_thread(void) {
   return (uint)(get_local_id(0) + get_local_size(0) * (get_local_id(1) + get_local_size(1) * get_local_id(2)));
 }
-static inline uint dt_threads(void) {
+DT_INLINED uint dt_threads(void) {
   return (uint)(get_local_size(0) * get_local_size(1) * get_local_size(2));
 }
 
 /* Which thread of the block a shuffle reads from; itself where the lane is outside of its group, or
    of the block (PTX ISA, "shfl"). Lanes put 0 or 1 for a vote, and 2 when they take no part. */
-static inline uint dt_source(int other) {
+DT_INLINED uint dt_source(int other) {
   const uint thread = (dt_thread() & ~31u) | (uint)other;
   return thread < dt_threads() ? thread : dt_thread();
 }
-static inline uint dt_source_idx(int from, int width) {
+DT_INLINED uint dt_source_idx(int from, int width) {
   const int lane = (int)(dt_thread() & 31u);
   return dt_source((lane & -width) | (from & (width - 1)));
 }
-static inline uint dt_source_up(int delta, int width) {
+DT_INLINED uint dt_source_up(int delta, int width) {
   const int lane = (int)(dt_thread() & 31u);
   return dt_source(lane - delta < (lane & -width) ? lane : lane - delta);
 }
-static inline uint dt_source_down(int delta, int width) {
+DT_INLINED uint dt_source_down(int delta, int width) {
   const int lane = (int)(dt_thread() & 31u);
   return dt_source(lane + delta > (lane | (width - 1)) ? lane : lane + delta);
 }
-static inline uint dt_source_xor(int mask, int width) {
+DT_INLINED uint dt_source_xor(int mask, int width) {
   const int lane = (int)(dt_thread() & 31u);
   return dt_source((lane ^ mask) > (lane | (width - 1)) ? lane : lane ^ mask);
 }
 #define DT_VOTES(T, BYTES) \
-  static inline uint dt_votes_##BYTES(__local const T *all, uint what) { \
+  DT_INLINED uint dt_votes_##BYTES(__local const T *all, uint what) { \
     const uint first = dt_thread() & ~31u, here = dt_threads() - first; \
     uint out = 0; \
     for (uint lane = 0; lane < 32 && lane < here; lane++) out |= (uint)(all[first + lane] == what) << lane; \
     return out; \
   } \
-  static inline uint dt_vote_ballot_##BYTES(__local const T *all, uint mask) { return dt_votes_##BYTES(all, 1) & mask; } \
-  static inline int dt_vote_any_##BYTES(__local const T *all, uint mask) { return (dt_votes_##BYTES(all, 1) & mask) != 0; } \
-  static inline int dt_vote_all_##BYTES(__local const T *all, uint mask) { return (dt_votes_##BYTES(all, 0) & mask) == 0; }
+  DT_INLINED uint dt_vote_ballot_##BYTES(__local const T *all, uint mask) { return dt_votes_##BYTES(all, 1) & mask; } \
+  DT_INLINED int dt_vote_any_##BYTES(__local const T *all, uint mask) { return (dt_votes_##BYTES(all, 1) & mask) != 0; } \
+  DT_INLINED int dt_vote_all_##BYTES(__local const T *all, uint mask) { return (dt_votes_##BYTES(all, 0) & mask) == 0; }
 DT_VOTES(uint, 4)
 DT_VOTES(ulong, 8)
 
