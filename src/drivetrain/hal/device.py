@@ -166,6 +166,12 @@ class Device:
 
         return alloc(self, nbytes, stream=stream, kind=kind, pool=pool)
 
+    def pool(self, kind: MemoryKind = MemoryKind.DEVICE) -> MemoryResource:
+        """The pool that `alloc` takes from when none is named: its ``stats()``, its ``trim()``."""
+        from drivetrain.hal.opened import opened
+
+        return opened(self).pool(kind)
+
     def wrap(
         self, ptr: int, nbytes: int, *, owner: object, kind: MemoryKind = MemoryKind.DEVICE
     ) -> Buffer:

@@ -52,6 +52,7 @@ __all__ = [
     "Kind",
     "LaunchAbi",
     "Limits",
+    "MemoryCalls",
     "Target",
     "Telemetry",
     "Way",
@@ -151,6 +152,26 @@ class Calls:
     """``int (void **context)``"""
     set_context: int = 0
     """``int (void *context)``"""
+
+
+@dataclass(frozen=True)
+class MemoryCalls:
+    """Addresses of libcuda's functions, or functions with their arguments, for a pool that works
+    without Python; see ``native_pool.h``. A backend that has them answers ``memory_calls()``."""
+
+    context: int
+    push: int
+    pop: int
+    alloc: int
+    free: int
+    event_create: int
+    event_destroy: int
+    event_record: int
+    event_query: int
+    stream_wait: int
+    is_capturing: int
+    ordinal: int
+    """The device's number in this process, as torch counts."""
 
 
 class Backend(Protocol):

@@ -93,8 +93,8 @@ class Buffer(BufferCore):
                 f"{opened.device.address}"
             )
         ptr = resource.allocate(nbytes, stream.handle)
-        if pool is None and kind is MemoryKind.DEVICE and stream._lists is None:
-            assert isinstance(resource, Pool)
+        usual = pool is None and kind is MemoryKind.DEVICE and stream._lists is None
+        if usual and isinstance(resource, Pool):
             stream._pool, stream._lists = resource, resource.lists  # from here on C finds them
         made = cls(opened, ptr, nbytes, kind, resource=resource, home=stream)
         if watch.active:

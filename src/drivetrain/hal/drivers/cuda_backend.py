@@ -18,6 +18,7 @@ from drivetrain.hal.driver import (
     FunctionFacts,
     LaunchAbi,
     Limits,
+    MemoryCalls,
     Target,
 )
 from drivetrain.hal.drivers.cuda_api import NAME, Api, Code, Cu, Uuid, load
@@ -95,6 +96,10 @@ def device_of(api: Api, info: DeviceInfo) -> int:
         op="open",
         device=f"{NAME}:{info.index}",
     )
+
+
+def _address(function: Any) -> int:
+    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
 
 
 # -- the backend -----------------------------------------------------------------------------------
@@ -443,17 +448,33 @@ class CudaBackend:
         )
 
     def calls(self) -> Calls:
-        def address(function: Any) -> int:
-            return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
-
         api = self._api
         return Calls(
             LaunchAbi.CUDA,
-            launch=address(api.cuLaunchKernel),
-            record=address(api.cuEventRecord),
+            launch=_address(api.cuLaunchKernel),
+            record=_address(api.cuEventRecord),
             context=self._context.handle,
-            get_context=address(api.cuCtxGetCurrent),
-            set_context=address(api.cuCtxSetCurrent),
+            get_context=_address(api.cuCtxGetCurrent),
+            set_context=_address(api.cuCtxSetCurrent),
+        )
+
+    def memory_calls(self) -> MemoryCalls:
+        """For a pool in C. It takes memory with cuMemAlloc: what the driver's own pool gives cannot
+        be opened by another process."""
+        api = self._api
+        return MemoryCalls(
+            context=self._context.handle,
+            push=_address(api.cuCtxPushCurrent),
+            pop=_address(api.cuCtxPopCurrent),
+            alloc=_address(api.cuMemAlloc),
+            free=_address(api.cuMemFree),
+            event_create=_address(api.cuEventCreate),
+            event_destroy=_address(api.cuEventDestroy),
+            event_record=_address(api.cuEventRecord),
+            event_query=_address(api.cuEventQuery),
+            stream_wait=_address(api.cuStreamWaitEvent),
+            is_capturing=_address(api.cuStreamIsCapturing),
+            ordinal=self._context.device,
         )
 
     # -- group peer ------------------------------------------------------------------------------
