@@ -33,8 +33,9 @@ class Examination:
     """Checks of one device, as they are asked for: each topic in a process of its own, anew after
     a failure, so that one check's ruins are not another's ground."""
 
-    def __init__(self, device: Device) -> None:
-        self.device = device
+    def __init__(self, address: str, environment: Mapping[str, str] | None = None) -> None:
+        self.address = address
+        self._environment = dict(environment or {})
         self._process: Process | None = None
         self._topic = ""
         self.groups: tuple[str, ...] = ()
@@ -45,9 +46,10 @@ class Examination:
         if self._process is not None and (self._process.ended or self._topic != check.topic):
             self.close()
         if self._process is None:
-            more = _SECOND.get(self.device.driver, {}) if check.topic == "peer" else {}
+            driver = self.address.partition(":")[0]
+            more = _SECOND.get(driver, {}) if check.topic == "peer" else {}
             environment = {"DRIVETRAIN_SIMULATED": SIMULATED, **os.environ, **more}
-            self._process = Process(self.device.address, environment)
+            self._process = Process(self.address, {**environment, **self._environment})
             self._topic = check.topic
         result = self._process.result(check)
         self.groups = self._process.groups or self.groups
@@ -127,7 +129,7 @@ def run(
     began = time.monotonic()
     todo = chosen(only, long=long)
     results: list[Result] = []
-    with Examination(device) as examination:
+    with Examination(device.address) as examination:
         for at, check in enumerate(todo):
             starts(check)
             result = examination.of(check)

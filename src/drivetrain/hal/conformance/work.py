@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 OLD, NEW = b"\x11", b"\x77"
 BUSY_S = 0.12
-_SCRATCH_BYTES = 32 << 20
-_MOST_FILLS = 20_000
+_SCRATCH_BYTES = 16 << 20
+_MOST_ROUNDS = 10_000
 
 
 def backend(device: Device) -> Backend:
@@ -94,7 +94,7 @@ def refused(what: str, call: Callable[[], Any], kind: type[Exception] = BadInput
 
 # -- work that takes a while ----------------------------------------------------------------------
 
-_busy: weakref.WeakKeyDictionary[Opened, tuple[Buffer, int]] = weakref.WeakKeyDictionary()
+_busy: weakref.WeakKeyDictionary[Opened, tuple[Buffer, Buffer, int]] = weakref.WeakKeyDictionary()
 
 
 def busy(device: Device, stream: Stream, times: float = 1.0) -> None:
@@ -103,30 +103,43 @@ def busy(device: Device, stream: Stream, times: float = 1.0) -> None:
     known = _busy.get(here)
     if known is None:
         known = _busy[here] = _calibrated(device)
-    scratch, fills = known
-    for _ in range(max(1, int(fills * times))):
-        scratch.fill(b"\xa5", stream=stream)
+    first, second, rounds = known
+    _work(first, second, max(1, int(rounds * times)), stream)
 
 
-def _calibrated(device: Device) -> tuple[Buffer, int]:
-    """A buffer, and how often it must be filled. All ways of waiting are used: one may lie."""
+def _work(first: Buffer, second: Buffer, rounds: int, stream: Stream) -> None:
+    """Fills and copies: a driver may do one of them at once, or wrongly."""
+    for _ in range(rounds):
+        first.fill(b"\xa5", stream=stream)
+        second.copy_from(first, stream=stream)
+
+
+def _calibrated(device: Device) -> tuple[Buffer, Buffer, int]:
+    """Two buffers, and how many rounds of work take `BUSY_S`. All ways of waiting are used: one may
+    lie. The shorter of two times counts: the machine may have been busy."""
     stream = device.stream()
     total = max(backend(device).memory()[1], 1 << 20)
-    scratch = device.alloc(min(_SCRATCH_BYTES, total // 16), stream=stream)
-    fills = 1
-    while True:
+    nbytes = min(_SCRATCH_BYTES, total // 32)
+    first, second = (device.alloc(nbytes, stream=stream) for _ in range(2))
+
+    def seconds(rounds: int) -> float:
         began = time.perf_counter()
-        for _ in range(fills):
-            scratch.fill(b"\xa5", stream=stream)
+        _work(first, second, rounds, stream)
         event = stream.record()
         stream.synchronize()
         event.synchronize()
         while not (event.done and stream.done):
             time.sleep(0.001)
-        seconds = time.perf_counter() - began
-        if seconds > BUSY_S / 4 or fills >= _MOST_FILLS:
-            return scratch, max(1, min(_MOST_FILLS, round(fills * BUSY_S / seconds)))
-        fills *= 2
+        return time.perf_counter() - began
+
+    rounds = 1
+    while True:
+        taken = seconds(rounds)
+        if taken > BUSY_S / 4 or rounds >= _MOST_ROUNDS:
+            taken = min(taken, seconds(rounds))
+        if taken > BUSY_S / 4 or rounds >= _MOST_ROUNDS:
+            return first, second, max(1, min(_MOST_ROUNDS, round(rounds * BUSY_S / taken)))
+        rounds *= 2
 
 
 def written_late(device: Device, stream: Stream, nbytes: int = 4096) -> Buffer:

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -188,21 +189,34 @@ def discover() -> tuple[DeviceInfo, ...]:
     asked = configuration()
     if asked is None:
         return ()
+    changed = _defect(asked.mutant)
     return tuple(
-        DeviceInfo(
-            driver=NAME,
-            index=index,
-            name=asked.name,
-            vendor=asked.vendor,
-            uuid=f"SIMULATED-{index}",
-            memory_bytes=asked.memory_bytes,
-            driver_version="1",
-            capabilities=Capabilities(groups=tuple(sorted(asked.groups))),
-            isolation=Isolation(hidden_from_all(), None, 1, "cpu"),
-            telemetry=Telemetry(health="ok", at=time.time()),
+        changed(
+            DeviceInfo(
+                driver=NAME,
+                index=index,
+                name=asked.name,
+                vendor=asked.vendor,
+                uuid=f"SIMULATED-{index}",
+                memory_bytes=asked.memory_bytes,
+                driver_version="1",
+                capabilities=Capabilities(groups=tuple(sorted(asked.groups))),
+                isolation=Isolation(hidden_from_all(), None, 1, "cpu"),
+                telemetry=Telemetry(health="ok", at=time.time()),
+            )
         )
         for index in range(asked.count)
     )
+
+
+def _defect(mutant: str) -> Callable[[DeviceInfo], DeviceInfo]:
+    """What a mutant does to the facts that discovery tells; mostly nothing."""
+    if mutant:
+        from drivetrain.hal.drivers.simulated_mutants import FACTS
+
+        if mutant in FACTS:
+            return FACTS[mutant]
+    return lambda info: info
 
 
 # --- telemetry, probe ----------------------------------------------------------------------------

@@ -11,10 +11,11 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from drivetrain.errors import DeviceLost, HalError
-from drivetrain.hal.driver import Backend
+from drivetrain.errors import CompileError, DeviceLost, HalError
+from drivetrain.hal.driver import Backend, DeviceInfo
 from drivetrain.hal.drivers.simulated_backend import Launch, Simulated
 from drivetrain.hal.drivers.simulated_chip import Command, Point, Queue, Reach
 from drivetrain.hal.kinds import Kind, Way
@@ -284,7 +285,7 @@ class WaitReadsLate(Simulated):
 
     def stream_wait(self, stream: int, event: int) -> None:
         def late() -> None:
-            time.sleep(0.05)  # the device looks at the event a little later
+            time.sleep(0.01)  # the device looks at the event a little later
             point = self._events.get(event)
             if point is not None:
                 self.hold(point)
@@ -427,11 +428,13 @@ class LastBlockSkipped(Simulated):
 
 
 @_mutant
-class SharedIgnored(_OtherLaunch):
-    """Dynamic shared memory is 16 bytes, whatever was asked."""
+class SharedLimited(Simulated):
+    """Launches with more than half the declared shared memory fail."""
 
-    def changed(self, launch: Launch) -> dict[str, Any]:
-        return {"shared": min(16, launch.shared)}
+    def run(self, launch: Launch) -> None:
+        if launch.shared > self.limits.shared_bytes // 2:
+            self.fail("launch", "error", "too many resources were asked for")
+        super().run(launch)
 
 
 @_mutant
@@ -466,6 +469,69 @@ class ArgumentsReadLate(Simulated):
     ) -> None:
         given = (function, grid, block, shared, arguments, sizes)
         self.put(stream, lambda: self.prepared(*given)())
+
+
+@_mutant
+class ArgumentsShared(Simulated):
+    """The arguments of launches by two threads are packed into one place."""
+
+    _packed: tuple[bytes, ...] = ()
+
+    def values(self, arguments: int, sizes: Sequence[int]) -> tuple[bytes, ...]:
+        self._packed = super().values(arguments, sizes)
+        time.sleep(0.0005)
+        packed = self._packed
+        same = tuple(map(len, packed)) == tuple(map(abs, sizes))
+        return packed if same else super().values(arguments, sizes)
+
+
+@_mutant
+class BarrierSkipped(Simulated):
+    """Barriers in kernels do nothing."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        from drivetrain.hal import language
+
+        right = language.compile
+
+        def without(source: Any, *more: Any, **options: Any) -> Any:
+            if source.language == "cuda":
+                source = replace(source, text=f"#define __syncthreads()\n{source.text}")
+            return right(source, *more, **options)
+
+        language.compile = without
+
+
+@_mutant
+class BadCodeAccepted(Simulated):
+    """Code that cannot be loaded is taken, and has no kernels."""
+
+    def module_load(self, code: bytes, form: str) -> int:
+        try:
+            return super().module_load(code, form)
+        except CompileError:
+            return 1 << 40
+
+
+@_mutant
+class MissingKernelNull(Simulated):
+    """A kernel that the code does not have has handle 0."""
+
+    def function(self, module: int, symbol: str) -> int:
+        try:
+            return super().function(module, symbol)
+        except HalError:
+            return 0
+
+
+@_mutant
+class UnloadDropsWork(Simulated):
+    """Launches that are queued when their module is unloaded do not happen."""
+
+    def run(self, launch: Launch) -> None:
+        if any(f.library is launch.function.library for f in self._functions.values()):
+            super().run(launch)
 
 
 # -- graphs ---------------------------------------------------------------------------------------
@@ -512,6 +578,75 @@ class GraphChangesWhatIsQueued(Simulated):
                 command()
 
         self.queue(stream).put(play)
+
+
+@_mutant
+class GraphDestroyDropsWork(Simulated):
+    """Launches of a graph that are queued when it is destroyed do not happen."""
+
+    def graph_launch(self, graph: int, stream: int) -> None:
+        commands = list(self.graph(graph))
+
+        def play() -> None:
+            if graph in self._graphs:
+                for command in commands:
+                    command()
+
+        self.queue(stream).put(play)
+
+
+@_mutant
+class GraphLaunchesOnce(Simulated):
+    """A graph does nothing when it is launched a second time."""
+
+    def graph_launch(self, graph: int, stream: int) -> None:
+        super().graph_launch(graph, stream)
+        self._graphs[graph] = []
+
+
+# -- leaks ----------------------------------------------------------------------------------------
+
+
+@_mutant
+class EventsLeak(Simulated):
+    """Events that are destroyed stay."""
+
+    def event_destroy(self, event: int) -> None:
+        self.point(event)
+
+
+@_mutant
+class StreamsLeak(Simulated):
+    """The thread of a stream that was destroyed stays."""
+
+    def retire(self, queue: Queue) -> None:
+        pass
+
+
+@_mutant
+class GraphsLeak(Simulated):
+    """What a destroyed graph holds stays."""
+
+    def graph_destroy(self, graph: int) -> None:
+        self._graphs[-graph] = self.graph(graph)
+        super().graph_destroy(graph)
+
+
+@_mutant
+class ModulesLeak(Simulated):
+    """Code that is unloaded stays."""
+
+    def module_unload(self, module: int) -> None:
+        pass
+
+
+@_mutant
+class LaunchesLeak(Simulated):
+    """The packed arguments of each launch stay."""
+
+    def prepared(self, *given: Any) -> Launch:
+        self.__dict__.setdefault("_all", []).append(ctypes.create_string_buffer(512))
+        return super().prepared(*given)
 
 
 # -- failures -------------------------------------------------------------------------------------
@@ -569,3 +704,36 @@ class ReopenFails(Simulated):
     def close(self) -> None:
         super().close()
         self._closed_before.add(self.info.index)
+
+
+# -- what is found --------------------------------------------------------------------------------
+
+
+def uuid_changes(info: DeviceInfo) -> DeviceInfo:
+    """The device has another uuid in each process."""
+    return replace(info, uuid=f"{info.uuid}-{os.getpid()}")
+
+
+def uuid_shared(info: DeviceInfo) -> DeviceInfo:
+    """All devices have one uuid."""
+    return replace(info, uuid="SIMULATED")
+
+
+FACTS = {each.__name__: each for each in (uuid_changes, uuid_shared)}
+"""Defects in what discovery says, by name."""
+MUTANTS.update(dict.fromkeys(FACTS, Simulated))
+
+
+@_mutant
+class GroupsOverstated(Simulated):
+    """The open device declares a group that its driver does not."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.groups = self.groups | {"ipc"}
+
+
+def defect_of(name: str) -> str:
+    """What is wrong with a mutant, in a line."""
+    told = FACTS[name].__doc__ if name in FACTS else MUTANTS[name].__doc__
+    return " ".join((told or "").split())

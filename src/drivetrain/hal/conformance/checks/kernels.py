@@ -7,8 +7,9 @@ import weakref
 from typing import Literal
 
 from drivetrain import hal
+from drivetrain.errors import HalError
 from drivetrain.hal.conformance.check import check, expect
-from drivetrain.hal.conformance.work import OLD, busy, data, holding, read, refused, same
+from drivetrain.hal.conformance.work import OLD, backend, busy, data, holding, read, refused, same
 from drivetrain.hal.device import Device
 from drivetrain.hal.kernel import Module
 from drivetrain.hal.memory import Buffer
@@ -298,10 +299,11 @@ def barriers(device: Device) -> None:
 
 @check("compute")
 def dynamic_shared(device: Device) -> None:
-    """Dynamic shared memory has the size that the launch asks for."""
+    """Dynamic shared memory has the size that the launch asks for, up to the declared limit."""
     stream = device.stream()
     kernel = module(device).kernel("turn_dynamic")
-    for n in (1, 64, 1000, 4000):
+    most = (backend(device).limits.shared_bytes - kernel.facts.shared_bytes) // 4
+    for n in (1, 64, 1000, most):
         buffer = holding(device, stream, _packed(list(range(n))))
         kernel(stream, 1, 64, buffer, n, shared=4 * n)
         _is(_ints(buffer, stream), list(range(n))[::-1], f"{4 * n} bytes of shared memory")
@@ -370,6 +372,18 @@ def loaded_twice(device: Device) -> None:
     del first
     second(stream, 1, 1, out.view(4, 4))
     _is(_ints(out, stream), [1, 2], "two kernels of one name")
+
+
+@check("compute")
+def missing_symbol(device: Device) -> None:
+    """A kernel that loaded code does not have is an error of its own, ``no_such_kernel``."""
+    driver = backend(device)
+    try:
+        driver.function(module(device)._handle, "nowhere")
+    except HalError as error:
+        expect(error.code == "no_such_kernel", f"its code is {error.code!r}: {error}")
+        return
+    expect(False, "a kernel that does not exist was found")
 
 
 @check("compute")

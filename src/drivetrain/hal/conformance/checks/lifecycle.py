@@ -22,6 +22,7 @@ from drivetrain.hal.conformance.work import (
     read,
     refused,
     same,
+    written_late,
 )
 from drivetrain.hal.device import Device
 from drivetrain.hal.isolated import python_path
@@ -77,6 +78,16 @@ def closed_twice(device: Device) -> None:
     close_all()
 
 
+@check(limit_s=20.0)
+def closes(device: Device) -> None:
+    """Closing a device whose streams have work queued comes to its end."""
+    streams = [device.stream() for _ in range(3)]
+    for stream in streams:
+        written_late(device, stream)
+    close_all()
+    expect(not streams[0].handle, "the streams of a closed device have their handles still")
+
+
 @check()
 def opened_again(device: Device) -> None:
     """A device that was closed can be opened again, many times."""
@@ -116,9 +127,8 @@ def _used_after_closing(device: Device) -> tuple[object, ...]:
 @check(OWN_MEMORY)
 def memory_after_close(device: Device) -> None:
     """A device that is closed gives back what was allocated on it."""
+    nbytes = backend(device).memory()[0] // 2
     for _ in range(4):
-        free, total = backend(device).memory()
-        nbytes = min(free, total) // 2
         stream = device.stream()
         driver_memory(device).allocate(nbytes, stream.handle)
         close_all()
