@@ -326,13 +326,41 @@ static void drop_segment(dt_pool *pool, segment *s) {
     else pool->segments = s->after;
     if (s->after) s->after->before = s->before;
     enter(pool);
-    told(pool, ((call_free)pool->calls.free)(s->ptr)); /* waits for what still uses it */
+    told(pool, ((call_free)pool->calls.free)(s->ptr));
     pool->counts.reserved -= s->nbytes;
     free(s);
 }
 
+static int done(dt_pool *pool, void *event, int wait) {
+    enter(pool);
+    int code = ((call_p)pool->calls.event_query)(event);
+    while (code == NOT_READY && wait) {
+        struct timespec pause = {0, 50000};
+        nanosleep(&pause, NULL);
+        code = ((call_p)pool->calls.event_query)(event);
+    }
+    told(pool, code); /* of a lost device: nothing runs there any more */
+    return code != NOT_READY;
+}
+
+/* Waits for the streams that let something go. The driver may wait itself when memory is freed, and
+ * does not promise it. */
+static void settle(dt_pool *pool) {
+    for (size_t i = 0; i < pool->list_count; i++) {
+        uint64_t stream = pool->lists[i].stream;
+        if (!pool->lists[i].count || captured(pool, stream)) continue;
+        void *event = take_event(pool);
+        if (!event) continue;
+        enter(pool);
+        if (!told(pool, ((call_record)pool->calls.event_record)(event, stream)))
+            done(pool, event, 1);
+        give_event(pool, event);
+    }
+}
+
 static uint64_t trim(dt_pool *pool, uint64_t keep) {
     uint64_t given = 0;
+    if (pool->counts.reserved > keep) settle(pool);
     for (segment *s = pool->segments, *next; s && pool->counts.reserved > keep; s = next) {
         next = s->after;
         int idle = 1;
@@ -349,15 +377,7 @@ static uint64_t trim(dt_pool *pool, uint64_t keep) {
 static void look_at_waiting(dt_pool *pool, int all) {
     while (pool->first) {
         waiting *w = pool->first;
-        enter(pool);
-        int code = ((call_p)pool->calls.event_query)(w->event);
-        if (code == NOT_READY && all) {
-            struct timespec pause = {0, 50000};
-            nanosleep(&pause, NULL);
-            continue;
-        }
-        if (code == NOT_READY) return;
-        told(pool, code); /* a lost device: nothing runs any more */
+        if (!done(pool, w->event, all)) return;
         pool->first = w->next;
         if (!pool->first) pool->last = NULL;
         give_event(pool, w->event);
