@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from drivetrain.hal.language.cpp import CppPrinter, needs_thread
+from drivetrain.hal.language.cpp_lanes import Guard, Lanes, unsteady
 from drivetrain.hal.language.fission import Once, Plan, Region, Repeat, Way
+from drivetrain.hal.language.printer import Lines
 from drivetrain.hal.language.tree import (
+    Binary,
     Block,
+    Cast,
     Construct,
     Continue,
+    Decay,
     Decl,
+    Expr,
     Function,
     Index3,
     Intrinsic,
     Loop,
+    PointerAdd,
     Ref,
     Return,
     Stmt,
+    Subscript,
     Var,
     walk,
 )
-from drivetrain.hal.language.types import Array, Pointer, Struct, Type, size_of
+from drivetrain.hal.language.types import (
+    I32,
+    I64,
+    U32,
+    U64,
+    Array,
+    Pointer,
+    Struct,
+    Type,
+    is_scalar,
+    size_of,
+)
 
 if TYPE_CHECKING:
     from drivetrain.hal.language.cpp import Layout, Unit
@@ -96,6 +116,15 @@ class SplitPrinter(CppPrinter):
         self.expanded = set(plan.expanded)
         self.scratch_each = self.scratch_arrays = 0
         self.in_thread = False
+        self.lanes: Lanes | None = None
+        self.lane = ""
+        """What stands for the lane before its loop."""
+        self.bases: dict[tuple[str, str, int], str] = {}
+        self.shadows: dict[Var, str] = {}
+        """64-bit names of variables of the thread."""
+        self.unsteady = set[Var]()
+        for region in regions(plan.items):
+            self.unsteady |= unsteady(Block(0, region.body))
         self.loops = 0
         """Around the statement that is printed, inside its region."""
         self.labels = 0
@@ -144,16 +173,28 @@ class SplitPrinter(CppPrinter):
         return f"{self.name(var)}_all"
 
     def reference(self, e: Ref) -> str:
+        if self.lane and self.lanes is not None and e.var in self.lanes.linear:
+            init = self.lanes.linear[e.var].init
+            assert init is not None
+            return self.expr(init)
         if e.var in self.expanded:
             return f"{self.all_name(e.var)}[{'dt_t' if self.in_thread else '0'}]"
         return super().reference(e)
 
     def index3(self, e: Index3) -> str:
         if e.name == "threadIdx":
-            return f"dt_{e.axis}"
+            return self.lane if self.lane and e.axis == "x" else f"dt_{e.axis}"
         if e.name == "blockDim":
             return f"dt_n{e.axis}"
         return f"dt_given.{'index' if e.name == 'blockIdx' else 'grid'}[{'xyz'.index(e.axis)}]"
+
+    def expr(self, e: Expr) -> str:
+        if isinstance(e, Subscript) and self.in_thread:
+            of = self.expr(e.of.of if isinstance(e.of, Decay) else e.of)
+            return f"{of}[{self.index(e.index)}]"
+        if isinstance(e, PointerAdd) and self.in_thread:
+            return f"({self.expr(e.pointer)} {e.op} {self.index(e.index)})"
+        return super().expr(e)
 
     def intrinsic(self, e: Intrinsic) -> str:
         if e.name.startswith("read_"):
@@ -206,29 +247,126 @@ class SplitPrinter(CppPrinter):
         body = [stmt for stmt in region.body if not self.empty(stmt)]
         if not body:
             return
+        lanes = Lanes(self.is_fixed, self.unsteady, self.expanded)
+        lanes.read(region.again, body)
         out = self.out
         out.add("for (uint dt_z = 0; dt_z < dt_nz; dt_z++)")
         out.add("for (uint dt_y = 0; dt_y < dt_ny; dt_y++) {")
         out.depth += 1
         out.add("const long dt_row = ((long)dt_z * dt_ny + dt_y) * dt_nx;")
-        out.add("for (long dt_i = 0; dt_i < (long)dt_nx; dt_i++) {")
+        self.lanes = lanes
+        for decl in lanes.row.values():
+            super().decl(decl)
+        if lanes.tests:
+            out.add(f"if ({' && '.join(map(self.expr, lanes.tests))})", lanes.tests[0].line)
+        self.row_of_lanes(lanes)
+        self.lanes = None
+        out.depth -= 1
+        out.add("}")
+
+    def row_of_lanes(self, lanes: Lanes) -> None:
+        """The loop along ``threadIdx.x``, in pieces where no index wraps."""
+        out = self.out
+        self.bases, self.shadows = {}, {}
+        bounds = [self.bound(guard) for guard in lanes.guards]
+        self.out = Lines()
+        self.out.depth = out.depth + 2
+        self.thread(lanes.body)
+        inner, self.out = self.out, out
+        out.add("for (int dt_lo = 0, dt_hi = (int)dt_nx; dt_lo < (int)dt_nx; dt_lo = dt_hi) {")
+        out.depth += 1
+        out.add("dt_hi = (int)dt_nx;")
+        for (text, kind, step), name in self.bases.items():
+            out.add(f"const long {name} = dt_linear<{kind}>({text}, {step}, dt_lo, dt_hi);")
+        out.add("int dt_from = dt_lo, dt_to = dt_hi;")
+        for text in bounds:
+            out.add(text)
+        out.add("for (int dt_i = dt_from; dt_i < dt_to; dt_i++) {")
         out.depth += 1
         out.add("const uint dt_x = (uint)dt_i;")
         out.add("const long dt_t = dt_row + dt_i;")
-        self.thread(region, body)
+        out.rows += inner.rows
         out.depth -= 1
         out.add("}")
         out.depth -= 1
         out.add("}")
 
-    def thread(self, region: Region, body: list[Stmt]) -> None:
+    def bound(self, guard: Guard) -> str:
+        """The statement that leaves out the lanes for which a guard does not hold."""
+        base, step = self.base(guard.linear)
+        bound = f"dt_bound({self.at_start(guard.bound)})"
+        if guard.op == "<":
+            return f"dt_below({base}, {step}, {bound}, dt_from, dt_to);"
+        if guard.op == "<=":
+            return f"dt_below({base}, {step}, {bound} + 1, dt_from, dt_to);"
+        above = f"dt_below(-{base}, {-step}, -{bound}, dt_from, dt_to);"
+        if guard.op == ">":
+            return above
+        at_least = above.replace(f"-{bound}", f"1 - {bound}")
+        if guard.op == ">=":
+            return at_least
+        return f"dt_below({base}, {step}, {bound} + 1, dt_from, dt_to); {at_least}"
+
+    def base(self, e: Expr) -> tuple[str, int]:
+        """A linear value as the name of what it is at lane 0, and its step."""
+        assert self.lanes is not None
+        if self.lanes.is_lane(e):
+            return "0L", 1
+        step = self.lanes.step(e)
+        assert step
+        key = (self.at_start(e), self.spelled(e.type, e.line), step)
+        if key not in self.bases:
+            self.bases[key] = f"dt_w{len(self.bases)}"
+        return self.bases[key], step
+
+    def at_start(self, e: Expr) -> str:
+        """The value at the first lane of the piece, from what is known before its loop."""
+        thread, self.in_thread, self.lane = self.in_thread, False, "((uint)dt_lo)"
+        text = self.expr(e)
+        self.in_thread, self.lane = thread, ""
+        return text
+
+    def is_fixed(self, var: Var) -> bool:
+        return (
+            var.role == "param"
+            or var in self.plan.block
+            or (var.role == "const" and is_scalar(var.type))
+        )
+
+    # -- indices
+
+    def index(self, e: Expr) -> str:
+        """An index as an exact 64-bit number, linear in the lane where that can be seen."""
+        if not self.in_thread or self.lanes is None:
+            return self.expr(e)
+        return self.wide(e)[0]
+
+    def wide(self, e: Expr) -> tuple[str, bool]:
+        """The text, and whether it says more than the plain expression."""
+        lanes = self.lanes
+        assert lanes is not None
+        if isinstance(e, Ref) and e.var in self.shadows:
+            return self.shadows[e.var], True
+        if isinstance(e, Cast) and e.type in (I64, U64) and e.of.type in (I32, U32):
+            text, more = self.wide(e.of)
+            return f"(({self.spelled(e.type, e.line)}){text})", more
+        if isinstance(e, Binary) and e.op in ("+", "-", "*") and e.type in (I32, I64, U64):
+            left, right = self.wide(e.left), self.wide(e.right)
+            kind = "ulong" if e.type == U64 else "long"
+            text = f"(({kind}){left[0]} {e.op} ({kind}){right[0]})"
+            return text, left[1] or right[1] or e.type == I32
+        if e.type in (I32, U32) and lanes.step(e):
+            base, step = self.base(e)
+            factor = "" if step == 1 else f"{step}L * "
+            return f"({base} + {factor}dt_i)", True
+        return self.expr(e), False
+
+    def thread(self, body: list[Stmt]) -> None:
         """What one thread does in a region."""
         self.in_thread, self.label_used = True, False
         self.labels += 1
         self.out.add("{")
         self.out.depth += 1
-        for decl in region.again:
-            self.decl(decl)
         for stmt in body:
             self.stmt(stmt)
         self.out.depth -= 1
@@ -269,6 +407,7 @@ class SplitPrinter(CppPrinter):
             return
         if s.var not in self.expanded:
             super().decl(s)
+            self.shadow(s)
             return
         if s.init is None:
             return
@@ -282,3 +421,27 @@ class SplitPrinter(CppPrinter):
             )
             return
         self.out.add(f"{place} = {self.expr(s.init)};", s.line)
+
+    def shadow(self, s: Decl) -> None:
+        """A variable that indices are made of has a 64-bit name too."""
+        if not self.in_thread or s.init is None or s.var.type != I32 or s.var in self.unsteady:
+            return
+        assert self.lanes is not None
+        if s.var in self.lanes.linear:
+            return
+        text, more = self.wide(s.init)
+        if more:
+            self.shadows[s.var] = f"{self.name(s.var)}_wide"
+            self.out.add(f"const long {self.shadows[s.var]} = {text};", s.line)
+
+
+def regions(items: list[Region | Once | Way | Repeat]) -> Iterator[Region]:
+    """All regions of a plan."""
+    for item in items:
+        if isinstance(item, Region):
+            yield item
+        elif isinstance(item, Way):
+            yield from regions(item.yes)
+            yield from regions(item.no)
+        elif isinstance(item, Repeat):
+            yield from regions(item.body)

@@ -210,3 +210,28 @@ static int dt_run(const dt_cpu_range *range, size_t fixed, size_t each, size_t a
   std::free(memory);
   return code;
 }
+
+/* A value that is `at` in lane `lo` and grows by `step`, both modulo 2^32: what it is in lane 0 if it
+   never wraps. `hi` becomes the first lane in which it would have. */
+template <class T> static inline long dt_linear(T at, long step, int lo, int &hi) {
+  const long most = sizeof(T) == 4 && (T)-1 > 0 ? 4294967295L : 2147483647L;
+  const long least = (T)-1 > 0 ? 0L : -2147483648L;
+  const long steps = step > 0 ? (most - (long)at) / step : ((long)at - least) / -step;
+  if (steps < hi - 1 - lo) hi = lo + (int)steps + 1;
+  return (long)at - step * lo;
+}
+static inline long dt_bound(long n) { return n > 1L << 40 ? 1L << 40 : n < -(1L << 40) ? -(1L << 40) : n; }
+static inline long dt_bound(ulong n) { return n > 1UL << 40 ? 1L << 40 : (long)n; }
+static inline long dt_bound(int n) { return n; }
+static inline long dt_bound(uint n) { return (long)n; }
+static inline long dt_floor(long a, long b) { return a / b - (a % b < 0); }
+/* Leaves the lanes from..to-1 in which at + step * lane < n. */
+static inline void dt_below(long at, long step, long n, int &from, int &to) {
+  if (step > 0) {
+    const long end = -dt_floor(-(n - at), step);
+    if (end < to) to = end < from ? from : (int)end;
+  } else {
+    const long first = dt_floor(at - n, -step) + 1;
+    if (first > from) from = first > to ? to : (int)first;
+  }
+}
