@@ -13,7 +13,7 @@ _SCRIPT_ARGS: list[str] = []
 
 
 def _mount() -> typer.Typer:
-    from drivetrain.cli import calibrate, devices, doctor, drivers, jobs, run
+    from drivetrain.cli import calibrate, conformance, devices, doctor, drivers, jobs, run
 
     app = typer.Typer(
         name="drivetrain",
@@ -27,6 +27,7 @@ def _mount() -> typer.Typer:
     app.command()(devices.devices)
     app.command()(doctor.doctor)
     app.command()(calibrate.calibrate)
+    app.command()(conformance.conformance)
     app.add_typer(drivers.drivers_app, name="drivers")
     app.command()(run.run)
     app.command(name="jobs")(jobs.jobs)

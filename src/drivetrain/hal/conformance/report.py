@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from drivetrain.errors import BadInput
+from drivetrain.hal.driver import GROUPS
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 NOT_DECLARED, NOT_HERE = "not declared", "not here"
@@ -20,6 +21,8 @@ STATES = {
 }
 
 EMULATED, HARDWARE, NONE = "emulated", "hardware", ""
+CORE = "core"
+"""Beside the groups: memory, streams and events, which every device that opens has."""
 FORM = 1
 """Of the JSON below; another number is another form."""
 
@@ -84,11 +87,14 @@ class Report:
         return not self.of(FAILED) and not self.gaps and bool(self.of(PASSED))
 
     def shown(self, group: str) -> str:
-        """What came of a group's checks in all: ``failed`` if one did, else ``passed`` if one did,
-        else the state they have; ``not declared`` where there is none."""
-        states = {r.state for r in self.results if group in r.needs}
+        """What came of a group's checks in all, or with `CORE` of those that need no group:
+        ``failed`` if one did, else ``passed`` if one did, else the state they have; ``not run`` or
+        ``not declared`` where there is none."""
+        of_it = (r for r in self.results if _is_of(r, group))
+        states = {r.state for r in of_it}
         order = (FAILED, PASSED, SKIPPED, NOT_HERE)
-        return next((state for state in order if state in states), NOT_DECLARED)
+        none = "not run" if group == CORE or group in self.groups else NOT_DECLARED
+        return next((state for state in order if state in states), none)
 
     def as_json(self) -> dict[str, Any]:
         facts = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -105,6 +111,10 @@ class Report:
             "counts": {state: len(self.of(state)) for state in STATES},
             "results": facts["results"],
         }
+
+
+def _is_of(result: Result, group: str) -> bool:
+    return group in result.needs if group != CORE else not GROUPS.keys() & set(result.needs)
 
 
 def from_json(facts: Any) -> Report:
