@@ -7,10 +7,12 @@ rest and can be given to ``Device.alloc(pool=...)``.
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
 from drivetrain.errors import BadInput, OutOfMemory
@@ -293,6 +295,22 @@ class Holder:
     """``file:line in function``, the innermost last; empty where the depth is 0."""
 
 
+_HERE = str(Path(__file__).parent)
+
+
+def _callers(depth: int) -> tuple[str, ...]:
+    """The ``depth`` innermost frames outside of this room, the innermost last."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        frame = frame.f_back
+    found: list[str] = []
+    at: FrameType | None = frame
+    while at is not None and len(found) < depth:
+        found.append(f"{at.f_code.co_filename}:{at.f_lineno} in {at.f_code.co_name}")
+        at = at.f_back
+    return tuple(reversed(found))
+
+
 class Tracking:
     """Knows each living buffer and the call stack that made it; names the largest when memory
     runs out."""
@@ -309,9 +327,7 @@ class Tracking:
             ptr = self._inner.allocate(nbytes, stream)
         except OutOfMemory as error:
             raise _with_holders(error, self.largest()) from error
-        # The two innermost frames are this method and Device.alloc.
-        frames = traceback.extract_stack(limit=self._depth + 3)[:-1] if self._depth else []
-        stack = tuple(f"{f.filename}:{f.lineno} in {f.name}" for f in frames)
+        stack = _callers(self._depth)
         with self._lock:
             self._holders[ptr] = Holder(ptr, nbytes, stack)
         return ptr
