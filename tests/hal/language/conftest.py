@@ -53,3 +53,15 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DRIVETRAIN_CACHE", str(tmp_path_factory.mktemp("kernels")))
         yield compiled
+
+
+@pytest.fixture
+def opencl(kernels: Any) -> Any:
+    """``opencl(text)`` compiles for ``opencl:0``; skips where there is no OpenCL platform."""
+    if not hal.devices("opencl", all_routes=True):
+        pytest.skip("no OpenCL platform on this machine")
+
+    def compiled(text: str, *options: str) -> Compiled:
+        return kernels(text, *options, address="opencl:0")
+
+    return compiled

@@ -151,10 +151,11 @@ def _join_spaces(a: Space, b: Space, line: int) -> None:
     if a is b:
         return
     if a.word and b.word and a.word != b.word:
+        one, other = (text for word, text in SHOWN.items() if word in (a.word, b.word))
         raise wrong(
             line,
-            f"a pointer would point to both {SHOWN[a.word]} and {SHOWN[b.word]}: OpenCL C has no "
-            "such pointer, use one for each",
+            f"a pointer would point to both {one} and {other}: OpenCL C has no such pointer, use "
+            "one for each",
         )
     b.same = a
     a.word = a.word or b.word
