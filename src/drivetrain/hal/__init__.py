@@ -15,6 +15,8 @@ from drivetrain.hal.registry import DriverInfo, device, devices, drivers
 from drivetrain.hal.telemetry import Telemetry
 
 if TYPE_CHECKING:
+    from drivetrain.hal import ops
+    from drivetrain.hal.array import Array
     from drivetrain.hal.dlpack import from_dlpack
     from drivetrain.hal.graph import Graph
     from drivetrain.hal.kernel import (
@@ -64,6 +66,7 @@ _LATE = {
     **dict.fromkeys(["Aligned", "Statistics", "Stats", "Tracking"], "resource"),
     **dict.fromkeys(["Event", "Stream"], "stream"),
     **dict.fromkeys(["Link", "LinkKind"], "link"),
+    "Array": "array",
     "Buffer": "memory",
     "from_dlpack": "dlpack",
     "Graph": "graph",
@@ -77,10 +80,12 @@ _LATE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATE:
+    if name != "ops" and name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "ops":
+        return import_module(f"{__name__}.ops")
     value = getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
     globals()[name] = value
     return value
@@ -102,6 +107,7 @@ __all__ = [
     "U64",
     "Aligned",
     "ArgType",
+    "Array",
     "Buffer",
     "Capabilities",
     "Device",
@@ -136,6 +142,7 @@ __all__ = [
     "devices",
     "drivers",
     "from_dlpack",
+    "ops",
     "profile",
     "struct_of",
 ]

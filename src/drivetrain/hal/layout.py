@@ -116,6 +116,23 @@ def joined(shape: Shape, *operands: Shape) -> tuple[Shape, list[Shape]]:
     return tuple(extents), [tuple(mine) for mine in kept]
 
 
+_RANKS = (0, 1, 3)
+
+
+def rank_class(rank: int, least: int = 0) -> int:
+    """The rank that kernels are made for: few, so that few are compiled."""
+    for each in _RANKS:
+        if each >= max(rank, least):
+            return each
+    return rank
+
+
+def padded(shape: Shape, strides: Sequence[Shape], rank: int) -> tuple[Shape, list[Shape]]:
+    """The same walk over ``rank`` dimensions: extents of 1 come first."""
+    pad = rank - len(shape)
+    return (1,) * pad + tuple(shape), [(0,) * pad + tuple(each) for each in strides]
+
+
 def reshaped(shape: Shape, strides: Shape, to: Shape) -> Shape | None:
     """Strides of the same elements in the shape ``to`` (as many elements), where no copy is
     needed; else None."""

@@ -8,6 +8,7 @@ the source: on a CPU the compiler turns the threads of a block into vector instr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.hal.dtype import DTYPES, DType
@@ -27,6 +28,7 @@ from drivetrain.hal.kernels.family import (
     room,
 )
 from drivetrain.hal.language.source import Source
+from drivetrain.hal.layout import padded, rank_class
 
 if TYPE_CHECKING:
     from drivetrain.hal.device import Device
@@ -132,20 +134,23 @@ def rule(inner: int, outer: int) -> Launch:
     return Launch((blocks(inner, width), high, blocks(rows, high)), (width, height))
 
 
+def outer_rank(shape: Shape) -> int:
+    """`elementwise`'s ``outer`` for a walk over this shape."""
+    return rank_class(max(len(shape) - 1, 0))
+
+
 def walk(
     shape: Shape, offsets: tuple[int, ...], strides: list[Shape]
 ) -> tuple[int, int, tuple[str, ...], bytes]:
     """(elements of a row, rows, the arrays' inner steps, the structure) of a walk over ``shape``,
     which `layout.joined` has made."""
     inner = shape[-1] if shape else 1
-    outer = shape[:-1]
-    rows = 1
-    for extent in outer:
-        rows *= extent
     inner_steps = [each[-1] if each else 0 for each in strides]
+    outer, steps = padded(shape[:-1], [each[:-1] for each in strides], outer_rank(shape))
+    rows = prod(outer)
     values = [inner, rows, *offsets, *inner_steps, *outer]
-    for each in strides:
-        values += each[:-1]
+    for each in steps:
+        values += each
     words = tuple({1: "1", 0: "0"}.get(step, "any") for step in inner_steps)
     return inner, rows, words, text.packed(values)
 
@@ -259,7 +264,7 @@ def _check_elementwise(device: Device, stream: Stream, size: int) -> None:
         found = kernel(
             device, "elementwise", elementwise, name, common, Operand(out, words[0]),
             tuple(Operand(i[1], w) for i, w in zip(inputs, words[1:], strict=True)),
-            len(shape) - 1,
+            outer_rank(shape),
         )  # fmt: skip
         launch(found, stream, rule(inner, rows), made, *(buffers[i[0]] for i in inputs), packed)
         agree(f"{name} of {common}", get(made, stream, wanted.shape, wanted.dtype), wanted)
