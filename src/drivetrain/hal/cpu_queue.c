@@ -345,6 +345,14 @@ static int execute(dt_cpu *device, dt_cpu_stream *stream, dt_command *command) {
     return take_parts(device, command);
 }
 
+/* What the codes of translated kernels mean; see prelude_cpu.h. */
+static const char *meaning(int code) {
+    if (code == 1) return " (out of memory)";
+    if (code == 2) return " (a block of more than 1024 threads)";
+    if (code == 3) return " (a barrier that not all threads of a block reach)";
+    return "";
+}
+
 static void note_failure(dt_cpu_stream *stream, const dt_command *command, int code) {
     if (stream->failed) return;
     const dt_cpu_range *range = &command->as.run.range;
@@ -352,7 +360,7 @@ static void note_failure(dt_cpu_stream *stream, const dt_command *command, int c
     stream->failure.code = code;
     snprintf(stream->failure.text, sizeof stream->failure.text,
              "%s returned %d%s in or after block %llu of a grid of %ux%ux%u",
-             command->as.run.function->symbol, code, code == 1 ? " (out of memory)" : "",
+             command->as.run.function->symbol, code, meaning(code),
              (unsigned long long)atomic_load(&command->failed_at), range->grid[0], range->grid[1],
              range->grid[2]);
 }

@@ -37,6 +37,13 @@ if hasattr(os, "register_at_fork"):
 Failure = tuple[int, str]
 Command = Callable[[], Failure | None]
 
+_MEANINGS = {
+    1: " (out of memory)",
+    2: " (a block of more than 1024 threads)",
+    3: " (a barrier that not all threads of a block reach)",
+}
+"""Of what translated kernels return."""
+
 
 class _Mark:
     """One recording of an event."""
@@ -490,10 +497,10 @@ class Device:
         job.finish()
         if not job.code:
             return None
-        memory = " (out of memory)" if job.code == 1 else ""
+        meaning = _MEANINGS.get(job.code, "")
         return job.code, (
-            f"{function.symbol} returned {job.code}{memory} in or after block {job.failed_at} of a "
-            f"grid of {whole.grid[0]}x{whole.grid[1]}x{whole.grid[2]}"
+            f"{function.symbol} returned {job.code}{meaning} in or after block {job.failed_at} of "
+            f"a grid of {whole.grid[0]}x{whole.grid[1]}x{whole.grid[2]}"
         )
 
     def _help(self, job: _Job) -> None:

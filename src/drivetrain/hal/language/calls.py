@@ -209,7 +209,8 @@ def _special(name: str, arguments: list[Expr], line: int) -> Expr | None:
     if name == "__syncthreads" or name == "__syncwarp":
         _count(name, arguments, (0,) if name == "__syncthreads" else (0, 1), line)
         scope = "block" if name == "__syncthreads" else "warp"
-        return Intrinsic(VOID, line, f"sync_{scope}", [])
+        lanes = [convert(argument, U32) for argument in arguments]
+        return Intrinsic(VOID, line, f"sync_{scope}", lanes)
     if name in ("__threadfence", "__threadfence_block", "__threadfence_system"):
         _count(name, arguments, (0,), line)
         return Intrinsic(VOID, line, "fence", [])

@@ -309,9 +309,10 @@ class FunctionPrinter(CppPrinter):
 
     def sync(self, s: Sync) -> None:
         if s.scope == "block":
-            self.out.add("dt_sync_block(dt_b);", s.line)
+            self.out.add(f"dt_sync_block(dt_b, {s.line}u);", s.line)
         else:
-            self.out.add("dt_sync_lanes(dt_b, ~0u);", s.line)
+            mask = "~0u" if s.mask is None else self.expr(s.mask)
+            self.out.add(f"dt_sync_lanes(dt_b, {mask});", s.line)
 
 
 def reached(kernels: Iterable[Function]) -> list[Function]:

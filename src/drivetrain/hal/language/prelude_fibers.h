@@ -10,7 +10,7 @@ struct dt_fiber {
   ucontext_t context;
 #endif
   int state; /* 0 runs, 1 waits for the block, 2 for lanes of its warp, 3 ended */
-  uint mask, serial;
+  uint mask, place; /* which lanes, and which barrier it waits for */
   ulong given;
 };
 struct dt_fibers {
@@ -84,19 +84,15 @@ static void dt_prepare(dt_fibers *f, uint t) {
   makecontext(&fiber.context, dt_entry, 0);
 #endif
   fiber.state = 0;
-  fiber.mask = fiber.serial = 0;
+  fiber.mask = fiber.place = 0;
   fiber.given = 0;
 }
 static void dt_wake(dt_fibers *f) {
-  /* The block: every thread that has not ended waits for it. */
-  uint waiting = 0, ended = 0;
-  for (uint t = 0; t < f->count; t++) {
-    waiting += f->all[t].state == 1;
-    ended += f->all[t].state == 3;
-  }
-  if (waiting && waiting + ended == f->count)
-    for (uint t = 0; t < f->count; t++)
-      if (f->all[t].state == 1) f->all[t].state = 0;
+  /* The block: every thread waits, and at the same place. */
+  uint waiting = 0;
+  for (uint t = 0; t < f->count; t++) waiting += f->all[t].state == 1 && f->all[t].place == f->all[0].place;
+  if (waiting == f->count)
+    for (uint t = 0; t < f->count; t++) f->all[t].state = 0;
   /* A warp: all lanes of the mask that are there wait with the same mask at the same exchange. */
   for (uint first = 0; first < f->count; first += 32) {
     for (uint lane = 0; lane < 32 && first + lane < f->count; lane++) {
@@ -141,8 +137,9 @@ static int dt_run_fibers(dt_fibers *f, dt_fiber_body *body, const dt_block *bloc
   dt_now = outer;
   return code;
 }
-static inline void dt_sync_block(const dt_block &b) {
+static inline void dt_sync_block(const dt_block &b, uint place) {
   b.fibers->all[b.fibers->current].state = 1;
+  b.fibers->all[b.fibers->current].place = place;
   dt_yield(b.fibers);
 }
 static inline void dt_sync_lanes(const dt_block &b, uint mask) {

@@ -157,7 +157,10 @@ class Body:
     def effect(self, expr: Expr) -> list[Stmt]:
         """An expression as a statement. What waits is a statement of its own."""
         if isinstance(expr, Intrinsic) and expr.name in ("sync_block", "sync_warp"):
-            return [Sync(expr.line, expr.name.removeprefix("sync_"))]
+            mask = expr.arguments[0] if expr.arguments else None
+            if mask is not None:
+                self.no_sync(mask)
+            return [Sync(expr.line, expr.name.removeprefix("sync_"), mask)]
         self.no_sync(expr)
         return [Do(expr.line, expr)]
 

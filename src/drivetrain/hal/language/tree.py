@@ -263,6 +263,8 @@ class Sync(Stmt):
     """Threads wait for one another: ``block`` or ``warp``."""
 
     scope: str
+    mask: Expr | None = None
+    """Of a warp: the lanes that wait; None for all."""
 
 
 # -- declarations

@@ -91,6 +91,8 @@ class Uniformity:
         if isinstance(expr, Lit):
             return UNIFORM
         if isinstance(expr, Ref):
+            if expr.var.role in ("shared", "dynamic"):
+                return UNKNOWN
             return self.levels.get(expr.var, UNIFORM)
         if isinstance(expr, Index3):
             return DIVERGENT if expr.name == "threadIdx" else UNIFORM
@@ -178,8 +180,9 @@ class _Exits:
 
 
 class _Walk:
-    def __init__(self, function: Function) -> None:
+    def __init__(self, function: Function, agreed: bool) -> None:
         self.facts = Uniformity()
+        self.agreed = agreed
         self.changed = True
         assert function.body is not None
         for node in walk(function.body):
@@ -206,7 +209,7 @@ class _Walk:
         if isinstance(expr, Cond) or (isinstance(expr, Binary) and expr.op in ("&&", "||")):
             test, *rest = list(parts(expr))
             self.expression(test, control)
-            inner = control.over(Control(self.facts.of(test), expr.line, "condition"))
+            inner = control.over(self.test(test, "condition"))
             for part in rest:
                 self.expression(part, inner)
             return
@@ -225,7 +228,10 @@ class _Walk:
             self.facts.waits.append(Wait(expr.line, "call", control))
 
     def test(self, expr: Expr, what: str) -> Control:
-        return Control(self.facts.of(expr), expr.line, what)
+        level = self.facts.of(expr)
+        if self.agreed and level == UNKNOWN:
+            level = UNIFORM
+        return Control(level, expr.line, what)
 
     def statement(self, stmt: Stmt, control: Control) -> _Exits:
         exits = _Exits()
@@ -285,9 +291,13 @@ def _leaving(control: Control, line: int, what: str) -> Control:
     return Control(control.level, line, what)
 
 
-def uniformity(function: Function) -> Uniformity:
-    """Levels of all variables of a kernel, and its places to wait."""
-    return _Walk(function).facts
+def uniformity(function: Function, *, agreed: bool = False) -> Uniformity:
+    """Levels of all variables of a kernel, and its places to wait.
+
+    ``agreed``: UNKNOWN conditions count as the same for all threads, since the target checks at
+    run time that they are.
+    """
+    return _Walk(function, agreed).facts
 
 
 def refuse_divergent(facts: Uniformity) -> None:
