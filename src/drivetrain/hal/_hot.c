@@ -18,9 +18,11 @@
 static PyTypeObject *buffer_class;  /* drivetrain.hal.memory.Buffer */
 static PyObject *device_kind;       /* MemoryKind.DEVICE */
 static PyObject *slow_alloc, *slow_launch;
-static PyTypeObject *buffer_core, *stream_core, *lists_type;
+static PyTypeObject *buffer_core, *stream_core, *event_core, *kernel_core, *lists_type;
 static _Atomic int watched; /* 1: launches go through Python; 2: allocations and events too */
-static PyObject *name_stream, *name_kind, *name_pool, *name_shared, *name_close;
+static PyTypeObject *event_class;   /* drivetrain.hal.stream.Event */
+static PyObject *name_stream, *name_kind, *name_pool, *name_shared, *name_close, *name_pop, *name_record,
+    *name_give_event, *name_launch_from;
 
 static inline int watching(int level) {
     return __builtin_expect(atomic_load_explicit(&watched, memory_order_relaxed) >= level, 0);
@@ -135,6 +137,8 @@ typedef struct {
     PyObject *graph; /* NULL or None: not being captured */
     PyObject *pool;  /* the device's own pool, once something came from it */
     PyObject *lists; /* that pool's FreeLists */
+    PyObject *events; /* handles of free events, a list */
+    char timing;      /* whether those are made for timing */
     dt_calls calls;
 } StreamCore;
 
@@ -146,6 +150,8 @@ static PyMemberDef stream_members[] = {
     {"_graph", T_OBJECT, offsetof(StreamCore, graph), 0, NULL},
     {"_pool", T_OBJECT, offsetof(StreamCore, pool), 0, NULL},
     {"_lists", T_OBJECT, offsetof(StreamCore, lists), 0, NULL},
+    {"_events", T_OBJECT, offsetof(StreamCore, events), 0, NULL},
+    {"_timing", T_BOOL, offsetof(StreamCore, timing), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
 
@@ -156,22 +162,128 @@ static void stream_dealloc(StreamCore *self) {
     Py_XDECREF(self->graph);
     Py_XDECREF(self->pool);
     Py_XDECREF(self->lists);
+    Py_XDECREF(self->events);
     type->tp_free((PyObject *)self);
     Py_DECREF(type);
 }
 
 static int read_calls(PyObject *value, dt_calls *calls) {
-    unsigned long long n[8];
-    if (!PyArg_ParseTuple(value, "KKKKKKKK", &n[0], &n[1], &n[2], &n[3], &n[4], &n[5], &n[6], &n[7]))
+    unsigned long long n[9];
+    if (!PyArg_ParseTuple(value, "KKKKKKKKK", &n[0], &n[1], &n[2], &n[3], &n[4], &n[5], &n[6], &n[7],
+                          &n[8]))
         return -1;
     *calls = (dt_calls){(int)n[0], (uintptr_t)n[1], (uintptr_t)n[2], (uintptr_t)n[3],
-                        (uintptr_t)n[4], (uintptr_t)n[5], (uintptr_t)n[6], (uintptr_t)n[7]};
+                        (uintptr_t)n[4], (uintptr_t)n[5], (uintptr_t)n[6], (uintptr_t)n[7],
+                        (uintptr_t)n[8]};
     return 0;
 }
 
 static PyObject *stream_calls(StreamCore *self, PyObject *value) {
     if (read_calls(value, &self->calls)) return NULL;
     Py_RETURN_NONE;
+}
+
+static inline int there(PyObject *object) { return object && object != Py_None; }
+
+static inline int queues(StreamCore *self) {
+    return self->handle && (!self->graph || self->graph == Py_None);
+}
+
+/* -- EventCore -------------------------------------------------------------------------------- */
+
+#define MOST_FREE_EVENTS 256
+
+typedef struct {
+    PyObject_HEAD
+    unsigned long long handle;
+    PyObject *opened, *device;
+    PyObject *free; /* the list that the handle goes back to */
+    char timing;
+} EventCore;
+
+static PyMemberDef event_members[] = {
+    {"_handle", T_ULONGLONG, offsetof(EventCore, handle), 0, NULL},
+    {"_opened", T_OBJECT, offsetof(EventCore, opened), 0, NULL},
+    {"device", T_OBJECT, offsetof(EventCore, device), 0, "The stream's device."},
+    {"_free", T_OBJECT, offsetof(EventCore, free), 0, NULL},
+    {"_timing", T_BOOL, offsetof(EventCore, timing), 0, NULL},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static void event_finalize(PyObject *object) {
+    EventCore *self = (EventCore *)object;
+    unsigned long long handle = self->handle;
+    self->handle = 0;
+    if (!handle) return;
+    PyObject *type, *value, *trace, *done = NULL;
+    PyErr_Fetch(&type, &value, &trace);
+    PyObject *number = PyLong_FromUnsignedLongLong(handle);
+    if (number && self->free && PyList_CheckExact(self->free) &&
+        PyList_GET_SIZE(self->free) < MOST_FREE_EVENTS) {
+        if (!PyList_Append(self->free, number)) done = Py_NewRef(Py_None);
+    } else if (number && there(self->opened)) {
+        done = PyObject_CallMethodObjArgs(self->opened, name_give_event, number,
+                                          self->timing ? Py_True : Py_False, NULL);
+    }
+    if (!done) PyErr_Clear(); /* the device is closed: there is nobody to give it back to */
+    Py_XDECREF(done);
+    Py_XDECREF(number);
+    PyErr_Restore(type, value, trace);
+}
+
+static void event_dealloc(EventCore *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    /* For a subclass, subtype_dealloc has called the finalizer already. */
+    if (type == event_core && PyObject_CallFinalizerFromDealloc((PyObject *)self)) return;
+    Py_XDECREF(self->opened);
+    Py_XDECREF(self->device);
+    Py_XDECREF(self->free);
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyType_Slot event_slots[] = {
+    {Py_tp_dealloc, event_dealloc},
+    {Py_tp_finalize, event_finalize},
+    {Py_tp_members, event_members},
+    {Py_tp_doc, "The part of an Event that is made and let go."},
+    {0, NULL},
+};
+static PyType_Spec event_spec = {"drivetrain.hal._hot.EventCore", sizeof(EventCore), 0,
+                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, event_slots};
+
+/* record() -> Event, with an event that was free and by a call of the driver's own function. */
+static PyObject *stream_new_record(StreamCore *self, PyObject *unused) {
+    if (!watching(2) && queues(self) && self->calls.record && event_class && self->events &&
+        PyList_CheckExact(self->events) && PyList_GET_SIZE(self->events)) {
+        PyObject *number = PyObject_CallMethodNoArgs(self->events, name_pop);
+        if (!number) PyErr_Clear(); /* another thread took the last one */
+        unsigned long long handle = number ? PyLong_AsUnsignedLongLong(number) : 0;
+        EventCore *made = NULL;
+        if (handle && !PyErr_Occurred())
+            made = (EventCore *)event_class->tp_alloc(event_class, 0);
+        if (made && !dt_record(&self->calls, (void *)(uintptr_t)handle,
+                               (void *)(uintptr_t)self->handle)) {
+            made->handle = handle;
+            made->opened = Py_XNewRef(self->opened);
+            made->device = Py_XNewRef(self->device);
+            made->free = Py_NewRef(self->events);
+            made->timing = self->timing;
+            Py_DECREF(number);
+            return (PyObject *)made;
+        }
+        Py_XDECREF((PyObject *)made);
+        if (PyErr_Occurred()) {
+            Py_XDECREF(number);
+            return NULL;
+        }
+        if (number) { /* it failed: done again, the slow way tells why */
+            int lost = PyList_Append(self->events, number);
+            Py_DECREF(number);
+            if (lost) return NULL;
+        }
+    }
+    return PyObject_CallMethodNoArgs((PyObject *)self, name_record);
 }
 
 /* _record(event) -> True when the event was recorded here; False: the caller must. */
@@ -187,6 +299,8 @@ static PyObject *stream_record(StreamCore *self, PyObject *event) {
 static PyMethodDef stream_methods[] = {
     {"_set_calls", (PyCFunction)stream_calls, METH_O, NULL},
     {"_record", (PyCFunction)stream_record, METH_O, NULL},
+    {"record", (PyCFunction)stream_new_record, METH_NOARGS,
+     "record() -> Event that is done when all that is queued on the stream so far is done."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -199,10 +313,6 @@ static PyType_Slot stream_slots[] = {
 };
 static PyType_Spec stream_spec = {"drivetrain.hal._hot.StreamCore", sizeof(StreamCore), 0,
                                   Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, stream_slots};
-
-static inline int queues(StreamCore *self) {
-    return self->handle && (!self->graph || self->graph == Py_None);
-}
 
 /* -- BufferCore ------------------------------------------------------------------------------- */
 
@@ -233,8 +343,6 @@ static PyMemberDef buffer_members[] = {
     {"_waits", T_OBJECT, offsetof(BufferCore, waits), 0, NULL},
     {NULL, 0, 0, 0, NULL},
 };
-
-static inline int there(PyObject *object) { return object && object != Py_None; }
 
 static inline int is_buffer(PyObject *object) {
     return Py_TYPE(object) == buffer_class || PyObject_TypeCheck(object, buffer_core);
@@ -740,6 +848,150 @@ static PyType_Spec plan_spec = {
     "drivetrain.hal._hot.PlanCore", sizeof(Plan), 0,
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_VECTORCALL, plan_slots};
 
+/* -- Graph ------------------------------------------------------------------------------------- */
+
+typedef struct {
+    KernelCore *kernel;
+    void **arguments;
+    uint32_t grid[3], block[3], shared;
+} step;
+
+typedef struct {
+    PyObject_HEAD
+    PyObject *opened, *buffers; /* what it is of, and the tuple of what its launches use */
+    PyObject *launches;         /* owns the steps' kernels and arguments */
+    dt_calls calls;
+    void *graph; /* the driver's own, else NULL and steps */
+    step *steps;
+    Py_ssize_t count;
+    char armed;
+} GraphCore;
+
+/* _disarm(): from here on every launch goes the slow way. */
+static PyObject *graph_disarm(GraphCore *self, PyObject *unused) {
+    self->armed = 0;
+    self->graph = NULL;
+    self->count = 0;
+    PyMem_Free(self->steps);
+    self->steps = NULL;
+    Py_CLEAR(self->opened);
+    Py_CLEAR(self->buffers);
+    Py_CLEAR(self->launches);
+    Py_RETURN_NONE;
+}
+
+/* _arm(opened, calls, graph, buffers, launches, steps): steps are (kernel, address of the arguments,
+ * grid, block, shared), in order, for a graph that is not the driver's own (0). Whether it took it. */
+static PyObject *graph_arm(GraphCore *self, PyObject *args) {
+    PyObject *opened, *calls, *buffers, *launches, *steps;
+    unsigned long long graph;
+    if (!PyArg_ParseTuple(args, "OO!KO!O!O!", &opened, &PyTuple_Type, &calls, &graph, &PyTuple_Type,
+                          &buffers, &PyTuple_Type, &launches, &PyTuple_Type, &steps))
+        return NULL;
+    Py_XDECREF(graph_disarm(self, NULL));
+    if (read_calls(calls, &self->calls)) return NULL;
+    if (graph ? !self->calls.graph_launch : !self->calls.abi) Py_RETURN_FALSE;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(buffers); i++)
+        if (!is_buffer(PyTuple_GET_ITEM(buffers, i))) Py_RETURN_FALSE;
+    Py_ssize_t count = PyTuple_GET_SIZE(steps);
+    step *made = PyMem_Calloc((size_t)(count ? count : 1), sizeof *made);
+    if (!made) return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *kernel;
+        unsigned long long arguments;
+        unsigned n[7];
+        if (!PyArg_ParseTuple(PyTuple_GET_ITEM(steps, i), "O!K(III)(III)I", kernel_core, &kernel,
+                              &arguments, &n[0], &n[1], &n[2], &n[3], &n[4], &n[5], &n[6])) {
+            PyMem_Free(made);
+            return NULL;
+        }
+        made[i].kernel = (KernelCore *)kernel;
+        made[i].arguments = (void **)(uintptr_t)arguments;
+        memcpy(made[i].grid, n, sizeof made[i].grid);
+        memcpy(made[i].block, n + 3, sizeof made[i].block);
+        made[i].shared = n[6];
+    }
+    self->steps = made;
+    self->count = count;
+    self->graph = (void *)(uintptr_t)graph;
+    self->opened = Py_NewRef(opened);
+    self->buffers = Py_NewRef(buffers);
+    self->launches = Py_NewRef(launches);
+    self->armed = 1;
+    Py_RETURN_TRUE;
+}
+
+static Py_ssize_t launch_steps(GraphCore *self, void *stream) {
+    for (Py_ssize_t i = 0; i < self->count; i++) {
+        step *each = &self->steps[i];
+        KernelCore *kernel = each->kernel;
+        if (dt_launch(&kernel->calls, kernel->function, each->grid, each->block, each->shared, stream,
+                      each->arguments, kernel->sizes, kernel->count))
+            return i;
+    }
+    return self->count;
+}
+
+/* launch(stream) */
+static PyObject *graph_launch(GraphCore *self, PyObject *object) {
+    Py_ssize_t first = 0;
+    if (self->armed && !watching(1) && PyObject_TypeCheck(object, stream_core)) {
+        StreamCore *stream = (StreamCore *)object;
+        if (stream->opened != self->opened || !queues(stream)) goto slow;
+        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(self->buffers); i++) {
+            BufferCore *buffer = (BufferCore *)PyTuple_GET_ITEM(self->buffers, i);
+            if (!is_open(buffer) || (buffer->home != object && buffer->last_user != (void *)object))
+                goto slow;
+        }
+        void *handle = (void *)(uintptr_t)stream->handle;
+        Py_INCREF(self);
+        int done;
+        if (self->graph) {
+            Py_BEGIN_ALLOW_THREADS
+            done = !dt_graph_launch(&self->calls, self->graph, handle);
+            Py_END_ALLOW_THREADS
+        } else {
+            /* The steps stay as they are: no other thread changes the graph meanwhile. */
+            first = launch_steps(self, handle);
+            done = first == self->count;
+        }
+        Py_DECREF(self);
+        if (done) Py_RETURN_NONE;
+        /* It failed: from there on done again, the slow way tells why. */
+    }
+slow:;
+    PyObject *number = PyLong_FromSsize_t(first);
+    if (!number) return NULL;
+    PyObject *result =
+        PyObject_CallMethodObjArgs((PyObject *)self, name_launch_from, object, number, NULL);
+    Py_DECREF(number);
+    return result;
+}
+
+static void graph_dealloc(GraphCore *self) {
+    PyTypeObject *type = Py_TYPE(self);
+    Py_XDECREF(graph_disarm(self, NULL));
+    type->tp_free((PyObject *)self);
+    Py_DECREF(type);
+}
+
+static PyMethodDef graph_methods[] = {
+    {"launch", (PyCFunction)graph_launch, METH_O,
+     "launch(stream): queue all of it. Raises BadInput when one of its buffers is closed."},
+    {"_arm", (PyCFunction)graph_arm, METH_VARARGS, NULL},
+    {"_disarm", (PyCFunction)graph_disarm, METH_NOARGS, NULL},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot graph_slots[] = {
+    {Py_tp_dealloc, graph_dealloc},
+    {Py_tp_methods, graph_methods},
+    {Py_tp_doc, "The part of a Graph that launches."},
+    {0, NULL},
+};
+static PyType_Spec graph_spec = {"drivetrain.hal._hot.GraphCore", sizeof(GraphCore), 0,
+                                 Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE, graph_slots};
+
 /* -- module ------------------------------------------------------------------------------------ */
 
 /* bind(Buffer, MemoryKind.DEVICE, alloc the slow way, launch the slow way) */
@@ -765,8 +1017,19 @@ static PyObject *watch(PyObject *module, PyObject *level) {
     Py_RETURN_NONE;
 }
 
+/* bind_event(Event) */
+static PyObject *bind_event(PyObject *module, PyObject *type) {
+    if (!PyType_Check(type) || !PyType_IsSubtype((PyTypeObject *)type, event_core)) {
+        PyErr_SetString(PyExc_TypeError, "Event must be an EventCore");
+        return NULL;
+    }
+    Py_XSETREF(event_class, (PyTypeObject *)Py_NewRef(type));
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef functions[] = {
     {"bind", bind, METH_VARARGS, NULL},
+    {"bind_event", bind_event, METH_O, NULL},
     {"watch", watch, METH_O, NULL},
     {"alloc", (PyCFunction)(void (*)(void))alloc, METH_FASTCALL | METH_KEYWORDS,
      "alloc(nbytes, *, stream, kind=MemoryKind.DEVICE, pool=None) -> Buffer of memory, usable on "
@@ -792,11 +1055,19 @@ static int exec_module(PyObject *module) {
     name_pool = PyUnicode_InternFromString("pool");
     name_shared = PyUnicode_InternFromString("shared");
     name_close = PyUnicode_InternFromString("_close");
-    if (!name_stream || !name_kind || !name_pool || !name_shared || !name_close) return -1;
+    name_pop = PyUnicode_InternFromString("pop");
+    name_record = PyUnicode_InternFromString("_new_record");
+    name_give_event = PyUnicode_InternFromString("give_event");
+    name_launch_from = PyUnicode_InternFromString("_launch_from");
+    if (!name_stream || !name_kind || !name_pool || !name_shared || !name_close || !name_pop ||
+        !name_record || !name_give_event || !name_launch_from)
+        return -1;
     if (add(module, "FreeLists", &lists_spec, &lists_type) ||
         add(module, "StreamCore", &stream_spec, &stream_core) ||
         add(module, "BufferCore", &buffer_spec, &buffer_core) ||
-        add(module, "KernelCore", &kernel_spec, NULL) || add(module, "PlanCore", &plan_spec, NULL))
+        add(module, "EventCore", &event_spec, &event_core) ||
+        add(module, "KernelCore", &kernel_spec, &kernel_core) ||
+        add(module, "PlanCore", &plan_spec, NULL) || add(module, "GraphCore", &graph_spec, NULL))
         return -1;
     /* Bound like a method when it is found in a class. */
     PyObject *function = PyObject_GetAttrString(module, "alloc");

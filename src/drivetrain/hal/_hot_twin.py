@@ -21,6 +21,10 @@ def alloc_method(device: Any, nbytes: int, **options: Any) -> Any:
     return _slow["alloc"](device, nbytes, **options)
 
 
+def bind_event(event: type) -> None:
+    """Tells what `record` makes."""
+
+
 def watch(level: int) -> None:
     """From 1 on launches go through Python, from 2 on allocations and events too, as they do here
     always."""
@@ -94,19 +98,22 @@ class FreeLists:
 class StreamCore:
     """The part of a Stream that launches read."""
 
-    __slots__ = ("_graph", "_lists", "_opened", "_pool", "device", "handle")
+    __slots__ = ("_events", "_graph", "_lists", "_opened", "_pool", "_timing", "device", "handle")
 
     handle: int
     _graph: Any
     _lists: Any
     _opened: Any
     _pool: Any
+    _events: Any
+    _timing: bool
     device: Any
 
     def __new__(cls, *_: object, **__: object) -> Any:
         self: Any = super().__new__(cls)
         self.handle = 0
-        self._graph = self._lists = self._opened = self._pool = self.device = None
+        self._graph = self._lists = self._opened = self._pool = self._events = self.device = None
+        self._timing = False
         return self
 
     def _set_calls(self, calls: tuple[int, ...]) -> None:
@@ -114,6 +121,36 @@ class StreamCore:
 
     def _record(self, event: int) -> bool:
         return False
+
+    def record(self) -> Any:
+        """An event that is done when all that is queued on the stream so far is done."""
+        return self._new_record()  # type: ignore[attr-defined]
+
+
+class EventCore:
+    """The part of an Event that is made and let go."""
+
+    __slots__ = ("_free", "_handle", "_opened", "_timing", "device")
+
+    _handle: int
+    _opened: Any
+    _free: Any
+    _timing: bool
+    device: Any
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        self: Any = super().__new__(cls)
+        self._handle, self._timing = 0, False
+        self._opened = self._free = self.device = None
+        return self
+
+    def __del__(self) -> None:
+        handle, self._handle = self._handle, 0
+        if handle:
+            try:
+                self._opened.give_event(handle, self._timing)
+            except Exception:
+                pass  # the device is closed
 
 
 class BufferCore:
@@ -187,6 +224,23 @@ class KernelCore:
 
     def __call__(self, *arguments: Any, **options: Any) -> None:
         _slow["launch"](self, *arguments, **options)
+
+
+class GraphCore:
+    """The part of a Graph that launches."""
+
+    def __new__(cls, *_: object, **__: object) -> Any:
+        return super().__new__(cls)
+
+    def _arm(self, *_: object) -> bool:
+        return False
+
+    def _disarm(self) -> None:
+        pass
+
+    def launch(self, stream: Any) -> None:
+        """Queue all of it. Raises BadInput when one of its buffers is closed."""
+        self._launch_from(stream, 0)  # type: ignore[attr-defined]
 
 
 class PlanCore:

@@ -152,6 +152,8 @@ class Calls:
     """``int (void **context)``"""
     set_context: int = 0
     """``int (void *context)``"""
+    graph_launch: int = 0
+    """``int (void *graph, void *stream)``, 0 for success; of the group ``graphs``."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, DeviceLost, HalError
 from drivetrain.hal import watch
+from drivetrain.hal.hot import GraphCore
 
 if TYPE_CHECKING:
     from drivetrain.hal.device import Device
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from drivetrain.hal.stream import Stream
 
 
-class Graph:
+class Graph(GraphCore):
     """What was queued in a ``with stream.capture()`` block. Made by `Stream.capture` only.
 
     The driver's own graph where it has them, else the commands in order. The n-th kernel launch,
@@ -36,6 +37,7 @@ class Graph:
         self._buffers: list[Buffer] = []
         self._kept: list[object] = []
         self._before = 0
+        self._launches_only = True
 
     # -- capture -------------------------------------------------------------------------------
 
@@ -65,6 +67,23 @@ class Graph:
         if self.native:
             self._handle = self._opened.backend.graph_end(stream.handle)
         self._ready = True
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Have C launch it, where it can: the driver's own graph, or nothing but kernels."""
+        self._disarm()
+        if self._kept or not (self.native or self._launches_only):
+            return
+        used = [*self._buffers, *(b for noted in self._launches for b in noted.buffers.values())]
+        steps: tuple[Any, ...] = ()
+        if not self.native:
+            steps = tuple(
+                (noted.kernel, noted.arguments, noted.grid, noted.block, noted.shared)
+                for noted in self._launches
+            )
+        buffers = tuple({id(buffer): buffer for buffer in used}.values())
+        calls, launches = self._opened.calls, tuple(self._launches)
+        self._arm(self._opened, calls, self._handle, buffers, launches, steps)
 
     def _abandon(self, stream: Stream) -> None:
         self._closed = True
@@ -93,6 +112,7 @@ class Graph:
     def _takes(self, name: str, buffers: tuple[Buffer, ...], arguments: tuple[Any, ...]) -> bool:
         """Note a command; True when that is all that is to be done now."""
         self._buffers += buffers
+        self._launches_only = False
         if self.native:
             return False
         function = getattr(self._opened.backend, name)
@@ -117,8 +137,13 @@ class Graph:
         """How many kernel launches it holds."""
         return len(self._launches)
 
-    def launch(self, stream: Stream) -> None:
-        """Queue all of it. Raises BadInput when one of its buffers is closed."""
+    if TYPE_CHECKING:
+
+        def launch(self, stream: Stream) -> None:
+            """Queue all of it. Raises BadInput when one of its buffers is closed."""
+
+    def _launch_from(self, stream: Stream, first: int) -> None:
+        """`launch` when it is not the usual case; the commands before ``first`` are queued."""
         self._check("launch")
         if stream._opened is not self._opened:
             raise BadInput(
@@ -146,7 +171,7 @@ class Graph:
             if self.native:
                 self._opened.backend.graph_launch(self._handle, handle)
             else:
-                for command in self._commands:
+                for command in self._commands[first:]:
                     command(handle)
         if self._kept:  # the graph may be gone before the stream comes to them
             stream._keep([self._kept])
@@ -160,6 +185,7 @@ class Graph:
         noted.set(index, value)
         if self.native:
             noted.change(self._handle, node)
+        self._prepare()
         if watch.active:
             watch.tell("graph set", self, node, index, value)
 
@@ -172,6 +198,7 @@ class Graph:
     def close(self) -> None:
         """Give back what the driver holds. What was launched still happens."""
         self._closed = True
+        self._disarm()
         handle, self._handle = self._handle, 0
         if handle and not self._opened.closed:
             try:

@@ -173,6 +173,7 @@ typedef int (*opencl_launch)(void *, void *, unsigned, const size_t *, const siz
 typedef int (*get_context)(void **);
 typedef int (*set_context)(void *);
 typedef int (*record)(void *, void *);
+typedef int (*graph_launch)(void *, void *);
 
 /* Makes the device's context current; *before is what was, for restore. */
 static int enter(const dt_calls *calls, void **before) {
@@ -254,6 +255,15 @@ int dt_record(const dt_calls *calls, void *event, void *stream) {
     int code = enter(calls, &before);
     if (code) return code;
     code = ((record)calls->record)(event, stream);
+    leave(calls, before);
+    return code;
+}
+
+int dt_graph_launch(const dt_calls *calls, void *graph, void *stream) {
+    void *before;
+    int code = enter(calls, &before);
+    if (code) return code;
+    code = ((graph_launch)calls->graph_launch)(graph, stream);
     leave(calls, before);
     return code;
 }

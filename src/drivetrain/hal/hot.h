@@ -58,6 +58,7 @@ typedef struct {
     uintptr_t context;     /* made current around each call where get and set are given */
     uintptr_t get_context; /* int (void **) */
     uintptr_t set_context; /* int (void *) */
+    uintptr_t graph_launch; /* int (void *graph, void *stream) */
 } dt_calls;
 
 typedef int (*dt_plain_launch)(void *function, const uint32_t grid[3], const uint32_t block[3],
@@ -70,6 +71,9 @@ int dt_launch(const dt_calls *calls, void *function, const uint32_t grid[3],
               const int32_t *sizes, unsigned count);
 
 int dt_record(const dt_calls *calls, void *event, void *stream);
+
+/* A driver's own graph. */
+int dt_graph_launch(const dt_calls *calls, void *graph, void *stream);
 
 /* Launches that dt_launch made through OpenCL, of the whole process: while it stays the same,
  * nothing was queued behind a driver's back. */

@@ -23,12 +23,15 @@ def _native() -> ModuleType | None:
 if TYPE_CHECKING:
     from drivetrain.hal._hot_twin import (
         BufferCore,
+        EventCore,
         FreeLists,
+        GraphCore,
         KernelCore,
         PlanCore,
         StreamCore,
         alloc_method,
         bind,
+        bind_event,
         watch,
     )
 
@@ -40,16 +43,21 @@ else:
         from drivetrain.hal import _hot_twin as _module
     FreeLists, StreamCore, BufferCore = _module.FreeLists, _module.StreamCore, _module.BufferCore
     KernelCore, PlanCore = _module.KernelCore, _module.PlanCore
+    EventCore, GraphCore = _module.EventCore, _module.GraphCore
     alloc_method, bind, watch = _module.alloc_method, _module.bind, _module.watch
+    bind_event = _module.bind_event
 
 __all__ = [
     "BACKEND",
     "BufferCore",
+    "EventCore",
     "FreeLists",
+    "GraphCore",
     "KernelCore",
     "PlanCore",
     "StreamCore",
     "alloc_method",
     "bind",
+    "bind_event",
     "watch",
 ]

@@ -46,7 +46,7 @@ def wait_limit_s() -> float:
 
 def _calls(backend: Backend) -> tuple[int, ...]:
     if not hasattr(backend, "calls"):
-        return (0,) * 8
+        return (0,) * 9
     found = backend.calls()
     return (
         int(found.abi),
@@ -57,6 +57,7 @@ def _calls(backend: Backend) -> tuple[int, ...]:
         found.context,
         found.get_context,
         found.set_context,
+        found.graph_launch,
     )
 
 
@@ -190,6 +191,10 @@ class Opened:
             return free.pop()
         except IndexError:
             return self.backend.event_create(timing)
+
+    def free_events(self, timing: bool) -> list[int]:
+        """The events that were given back; the C path takes from them and adds to them."""
+        return self._events[timing]
 
     def give_event(self, event: int, timing: bool = False) -> None:
         free = self._events[timing]

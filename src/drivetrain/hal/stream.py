@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, DeviceLost, HalError, Timeout
-from drivetrain.hal import watch
-from drivetrain.hal.hot import StreamCore
+from drivetrain.hal import hot, watch
+from drivetrain.hal.hot import EventCore, StreamCore
 from drivetrain.hal.kinds import Way
 from drivetrain.hal.opened import wait_limit_s
 
@@ -33,16 +33,21 @@ def wait_limit(timeout: float | None) -> float:
     return timeout
 
 
-class Event:
-    """A point in a stream's order. Made by `Stream.record`."""
+class Event(EventCore):
+    """A point in a stream's order. Made by `Stream.record`. A forgotten one is used again."""
 
-    __slots__ = ("__weakref__", "_handle", "_opened", "_timing", "device")
+    __slots__ = ("__weakref__",)
+
+    if TYPE_CHECKING:  # they are in the core, in C or its twin
+        _opened: Opened
+        device: Device
 
     def __init__(self, opened: Opened, handle: int, timing: bool) -> None:
         self._opened = opened
-        self.device: Device = opened.device
+        self.device = opened.device
         self._handle = handle
         self._timing = timing
+        self._free = opened.free_events(timing)
 
     @property
     def done(self) -> bool:
@@ -73,22 +78,17 @@ class Event:
                 raise BadInput(f"seconds_since: the {name} event is not done; synchronize first")
         return self._opened.backend.event_seconds(start._handle, self._handle)
 
-    def __del__(self) -> None:
-        handle, self._handle = getattr(self, "_handle", 0), 0
-        if handle:
-            try:
-                self._opened.give_event(handle, self._timing)
-            except Exception:
-                pass  # the device is closed
-
     def __repr__(self) -> str:
         return f"<Event on {self.device.address}>"
+
+
+hot.bind_event(Event)
 
 
 class Stream(StreamCore):
     """Work of one device in order. Made by ``Device.stream`` and ``Device.wrap_stream``."""
 
-    __slots__ = ("__weakref__", "_heir", "_keeping", "_kept", "_owner", "_timing")
+    __slots__ = ("__weakref__", "_heir", "_keeping", "_kept", "_owner")
 
     if TYPE_CHECKING:  # they are in the core, in C or its twin
         _opened: Opened
@@ -109,6 +109,7 @@ class Stream(StreamCore):
         self._kept: list[object] = []
         self._keeping = threading.RLock()  # a finaliser may come in between
         self._timing = "timing" in opened.backend.groups
+        self._events = opened.free_events(self._timing)
 
     # -- life --------------------------------------------------------------------------------
 
@@ -160,8 +161,13 @@ class Stream(StreamCore):
 
     # -- order -------------------------------------------------------------------------------
 
-    def record(self) -> Event:
-        """An event that is done when all that is queued on the stream so far is done."""
+    if TYPE_CHECKING:
+
+        def record(self) -> Event:
+            """An event that is done when all that is queued on the stream so far is done."""
+
+    def _new_record(self) -> Event:
+        """`record` when it is not the usual case."""
         handle = self._alive("record")
         opened = self._opened
         if self._graph is not None:

@@ -204,6 +204,10 @@ class CudaBackend:
         finally:
             context.release()
 
+    def in_context(self, function: Any, *arguments: Any) -> int:
+        """Call a function of a library that works in the current context, as cuBLAS does."""
+        return self._context.code(function, *arguments)
+
     def synchronize(self, timeout_s: float) -> bool:
         context, api = self._context, self._api
         if context.captures:
@@ -456,6 +460,7 @@ class CudaBackend:
             context=self._context.handle,
             get_context=_address(api.cuCtxGetCurrent),
             set_context=_address(api.cuCtxSetCurrent),
+            graph_launch=_address(api.cuGraphLaunch),
         )
 
     def memory_calls(self) -> MemoryCalls:
