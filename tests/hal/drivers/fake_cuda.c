@@ -91,6 +91,11 @@ void fake_fail(const char *name, int nth, int code) {
         if (!strcmp(counts[i].name, name)) counts[i].count = 0;
     pthread_mutex_unlock(&lock);
 }
+void fake_forgive(void) {
+    pthread_mutex_lock(&lock);
+    fault_count = 0;
+    pthread_mutex_unlock(&lock);
+}
 void fake_release(int on) {
     pthread_mutex_lock(&lock);
     released = on;
@@ -907,3 +912,36 @@ int cuCtxEnablePeerAccess(Device *peer, unsigned flags) {
     device->peers |= 1u << peer->index;
     return leave(OK);
 }
+
+/* -- other processes: here the same one, so that a handle is an address -------------------------------------------- */
+
+int cuMemGetAddressRange_v2(uint64_t *base, size_t *bytes, uint64_t ptr) {
+    CALL(ptr, 0);
+    Allocation *a = owner(ptr);
+    if (!a || !a->live) return leave(INVALID);
+    *base = a->ptr, *bytes = a->bytes;
+    return leave(OK);
+}
+typedef struct { unsigned char reserved[64]; } Handle;
+int cuIpcGetMemHandle(Handle *handle, uint64_t ptr) {
+    CALL(ptr, 0);
+    Allocation *a = owner(ptr);
+    if (!a || !a->live || a->ptr != ptr || a->kind != DEVICE) return leave(INVALID);
+    memset(handle, 0x5A, sizeof *handle);
+    memcpy(handle->reserved, &ptr, sizeof ptr);
+    return leave(OK);
+}
+int cuIpcOpenMemHandle_v2(uint64_t *out, Handle handle, unsigned flags) {
+    CALL(flags, 0);
+    uint64_t ptr;
+    memcpy(&ptr, handle.reserved, sizeof ptr);
+    Allocation *a = owner(ptr);
+    if (!a || !a->live || handle.reserved[63] != 0x5A) return leave(BAD_HANDLE);
+    if (a->device != device) {
+        if (flags != 1) return leave(INVALID);
+        device->peers |= 1u << a->device->index;
+    }
+    *out = ptr;
+    return leave(OK);
+}
+int cuIpcCloseMemHandle(uint64_t ptr) { CALL(ptr, 0); return leave(owner(ptr) ? OK : INVALID); }

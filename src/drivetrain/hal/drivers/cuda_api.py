@@ -213,6 +213,23 @@ def _rows() -> Iterable[Function]:
         4000,
         "peer",
     )
+    # -- memory of another process (see cuda_ipc)
+    yield row(
+        "cuMemGetAddressRange",
+        "CUdeviceptr *, size_t *, CUdeviceptr",
+        3020,
+        "ipc",
+        symbol="cuMemGetAddressRange_v2",
+    )
+    yield row("cuIpcGetMemHandle", "CUipcMemHandle *, CUdeviceptr", 4010, "ipc")
+    yield row(
+        "cuIpcOpenMemHandle",
+        "CUdeviceptr *, CUipcMemHandle, unsigned int",
+        11000,
+        "ipc",
+        symbol="cuIpcOpenMemHandle_v2",
+    )
+    yield row("cuIpcCloseMemHandle", "CUdeviceptr", 4010, "ipc")
 
 
 FUNCTIONS = tuple(_rows())
@@ -250,6 +267,7 @@ class Cu:
     STREAM_CAPTURE_STATUS_NONE = 0
     STREAM_CAPTURE_MODE_RELAXED = 2
     GRAPH_NODE_TYPE_KERNEL = 0
+    IPC_MEM_LAZY_ENABLE_PEER_ACCESS = 1
     DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK = 1
     DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X = 2
     DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Y = 3
@@ -320,6 +338,10 @@ class Uuid(ctypes.Structure):
     _fields_ = (("bytes", ctypes.c_ubyte * 16),)
 
 
+class IpcHandle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_ubyte * 64),)
+
+
 class MemAccessDesc(ctypes.Structure):
     """``location`` laid out flat."""
 
@@ -350,6 +372,7 @@ class KernelNode2(ctypes.Structure):
 
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "CUuuid": Uuid,
+    "CUipcMemHandle": IpcHandle,
     "CUmemAccessDesc": MemAccessDesc,
     "CUDA_KERNEL_NODE_PARAMS_v1": KernelNode1,
     "CUDA_KERNEL_NODE_PARAMS_v2": KernelNode2,
@@ -370,6 +393,7 @@ _TYPES: dict[str, Any] = {
     "CUfunction_attribute": ctypes.c_int,
     "CUmemPool_attribute": ctypes.c_int,
     "CUpointer_attribute": ctypes.c_int,
+    "CUipcMemHandle": IpcHandle,
     "CUstreamCaptureMode": ctypes.c_int,
     **{f"CU{handle}": ctypes.c_void_p for handle in _HANDLES.split()},
 }

@@ -18,55 +18,25 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from drivetrain.errors import DriverMissing, HalError, Unsupported
-
-_HANDLE_BYTES = 64
-_LAZY_PEER_ACCESS = 1
-
-
-class _Handle(ctypes.Structure):
-    _fields_ = (("reserved", ctypes.c_ubyte * _HANDLE_BYTES),)
-
+from drivetrain.errors import HalError, Unsupported
+from drivetrain.hal.drivers.cuda_api import NAME, Api, Code, Cu, IpcHandle, load
 
 _u64 = ctypes.c_uint64
 _ptr = ctypes.c_void_p
-_SIGNATURES: dict[str, tuple[Any, ...]] = {
-    "cuInit": (ctypes.c_uint,),
-    "cuDeviceGet": (_ptr, ctypes.c_int),
-    "cuDevicePrimaryCtxRetain": (_ptr, ctypes.c_int),
-    "cuCtxSetCurrent": (_ptr,),
-    "cuMemGetAddressRange_v2": (_ptr, _ptr, _u64),
-    "cuIpcGetMemHandle": (_ptr, _u64),
-    "cuIpcOpenMemHandle_v2": (_ptr, _Handle, ctypes.c_uint),
-    "cuIpcCloseMemHandle": (_u64,),
-    "cuStreamCreate": (_ptr, ctypes.c_uint),
-    "cuStreamSynchronize": (_ptr,),
-    "cuMemcpyDtoDAsync_v2": (_u64, _u64, ctypes.c_size_t, _ptr),
-}
+_PAUSE_S = 20e-6
 
 
-class _Driver:
-    """The few calls of the CUDA driver API that this needs, checked."""
-
-    def __init__(self) -> None:
-        try:
-            self._library = ctypes.CDLL("libcuda.so.1")
-        except OSError as error:
-            raise DriverMissing(f"libcuda.so.1 cannot be loaded: {error}", driver="cuda") from error
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(self._library, name)
-            function.argtypes = arguments
-            function.restype = ctypes.c_int
-
-    def call(self, name: str, *arguments: Any) -> None:
-        code = getattr(self._library, name)(*arguments)
-        if code:
-            raise HalError(
-                f"{name} failed with CUDA driver error {code}",
-                driver="cuda",
-                native=code,
-                op=name,
-            )
+def _call(api: Api, name: str, *arguments: Any) -> None:
+    code = getattr(api, name)(*arguments)
+    if code:
+        word, sentence = api.words(code)
+        raise HalError(
+            f"{name} failed: {word} ({sentence})",
+            driver=NAME,
+            native=code,
+            native_name=word,
+            op=name,
+        )
 
 
 def export(pointers: Sequence[int]) -> list[tuple[str, int]]:
@@ -74,20 +44,22 @@ def export(pointers: Sequence[int]) -> list[tuple[str, int]]:
 
     Raises Unsupported for memory that cannot be shared so.
     """
-    driver = _Driver()
+    api = load()
     found = []
     for pointer in pointers:
         base, size = _u64(), ctypes.c_size_t()
-        driver.call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), pointer)
-        handle = _Handle()
+        _call(api, "cuMemGetAddressRange", ctypes.byref(base), ctypes.byref(size), pointer)
+        handle = IpcHandle()
         try:
-            driver.call("cuIpcGetMemHandle", ctypes.byref(handle), base.value)
+            _call(api, "cuIpcGetMemHandle", ctypes.byref(handle), base.value)
         except HalError as error:
             raise Unsupported(
                 "this device memory cannot be shared between processes (torch's "
                 "expandable_segments, for example): it is staged through host memory",
-                driver="cuda",
+                code="unsupported",
+                driver=NAME,
                 native=error.native,
+                native_name=error.native_name,
                 op=error.op,
             ) from error
         found.append((bytes(handle.reserved).hex(), pointer - base.value))
@@ -99,15 +71,16 @@ class Mover:
     context, where the source's is mapped over the link between the two."""
 
     def __init__(self) -> None:
-        self._driver = driver = _Driver()
-        driver.call("cuInit", 0)
+        self._api = api = load()
+        _call(api, "cuInit", 0)
         device = ctypes.c_int()
-        driver.call("cuDeviceGet", ctypes.byref(device), 1)
+        _call(api, "cuDeviceGet", ctypes.byref(device), 1)
         context = _ptr()
-        driver.call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device.value)
-        driver.call("cuCtxSetCurrent", context)
-        self._stream = _ptr()
-        driver.call("cuStreamCreate", ctypes.byref(self._stream), 1)
+        _call(api, "cuDevicePrimaryCtxRetain", ctypes.byref(context), device.value)
+        _call(api, "cuCtxSetCurrent", context)
+        stream = _ptr()
+        _call(api, "cuStreamCreateWithPriority", ctypes.byref(stream), Cu.STREAM_NON_BLOCKING, 0)
+        self._stream = stream
         self._opened: dict[str, int] = {}
 
     def open(self, handles: Sequence[str]) -> None:
@@ -115,10 +88,14 @@ class Mover:
         for text in handles:
             if text in self._opened:
                 continue
-            handle = _Handle.from_buffer_copy(bytes.fromhex(text))
+            handle = IpcHandle.from_buffer_copy(bytes.fromhex(text))
             pointer = _u64()
-            self._driver.call(
-                "cuIpcOpenMemHandle_v2", ctypes.byref(pointer), handle, _LAZY_PEER_ACCESS
+            _call(
+                self._api,
+                "cuIpcOpenMemHandle",
+                ctypes.byref(pointer),
+                handle,
+                Cu.IPC_MEM_LAZY_ENABLE_PEER_ACCESS,
             )
             self._opened[text] = pointer.value
 
@@ -126,14 +103,18 @@ class Mover:
         """Copy [source handle, offset, target handle, offset, bytes] each; the seconds it took."""
         began = time.monotonic()
         for from_handle, from_offset, to_handle, to_offset, nbytes in pieces:
-            self._driver.call(
-                "cuMemcpyDtoDAsync_v2",
+            _call(
+                self._api,
+                "cuMemcpyDtoDAsync",
                 self._opened[to_handle] + to_offset,
                 self._opened[from_handle] + from_offset,
                 nbytes,
                 self._stream,
             )
-        self._driver.call("cuStreamSynchronize", self._stream)
+        while (code := self._api.cuStreamQuery(self._stream)) == Code.ERROR_NOT_READY:
+            time.sleep(_PAUSE_S)
+        if code:
+            _call(self._api, "cuStreamQuery", self._stream)
         return time.monotonic() - began
 
 
