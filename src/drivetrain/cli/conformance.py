@@ -186,11 +186,15 @@ def _plain_table(*titles: str) -> Table:
 
 def _table(found: Report) -> Table:
     """The groups that the device declares, and what came of each."""
-    from drivetrain.hal.conformance.report import CORE, NOT_DECLARED
+    from drivetrain.hal.conformance.report import CORE, DISCOVERY, NOT_DECLARED
     from drivetrain.hal.driver import GROUPS
 
     table = _plain_table("capability", "what it is", "shown", "evidence")
-    for name, what in {CORE: "memory, streams and events: required of all", **GROUPS}.items():
+    required = {
+        DISCOVERY: "found untouched, sensors, probe",
+        CORE: "memory, streams, events, graphs of the core",
+    }
+    for name, what in {**required, **GROUPS}.items():
         state = found.shown(name)
         if state == NOT_DECLARED:
             continue

@@ -21,8 +21,9 @@ STATES = {
 }
 
 EMULATED, HARDWARE, NONE = "emulated", "hardware", ""
-CORE = "core"
-"""Beside the groups: memory, streams and events, which every device that opens has."""
+DISCOVERY, CORE = "discovery", "core"
+"""Beside the groups: what every driver has, and memory, streams and events, which every device
+that opens has."""
 FORM = 1
 """Of the JSON below; another number is another form."""
 
@@ -87,13 +88,13 @@ class Report:
         return not self.of(FAILED) and not self.gaps and bool(self.of(PASSED))
 
     def shown(self, group: str) -> str:
-        """What came of a group's checks in all, or with `CORE` of those that need no group:
-        ``failed`` if one did, else ``passed`` if one did, else the state they have; ``not run`` or
-        ``not declared`` where there is none."""
+        """What came of a group's checks in all, or with `DISCOVERY` and `CORE` of those that need
+        no group: ``failed`` if one did, else ``passed`` if one did, else the state they have;
+        ``not run`` or ``not declared`` where there is none."""
         of_it = (r for r in self.results if _is_of(r, group))
         states = {r.state for r in of_it}
         order = (FAILED, PASSED, SKIPPED, NOT_HERE)
-        none = "not run" if group == CORE or group in self.groups else NOT_DECLARED
+        none = "not run" if group in (DISCOVERY, CORE, *self.groups) else NOT_DECLARED
         return next((state for state in order if state in states), none)
 
     def as_json(self) -> dict[str, Any]:
@@ -114,7 +115,11 @@ class Report:
 
 
 def _is_of(result: Result, group: str) -> bool:
-    return group in result.needs if group != CORE else not GROUPS.keys() & set(result.needs)
+    if group in (CORE, DISCOVERY):
+        return not GROUPS.keys() & set(result.needs) and (result.topic == DISCOVERY) == (
+            group == DISCOVERY
+        )
+    return group in result.needs
 
 
 def from_json(facts: Any) -> Report:
