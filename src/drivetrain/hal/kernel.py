@@ -16,7 +16,7 @@ from drivetrain.hal.memory import Buffer, MemoryKind, alloc
 
 if TYPE_CHECKING:
     from drivetrain.hal.driver import FunctionFacts
-    from drivetrain.hal.language.facts import KernelFacts
+    from drivetrain.hal.language.facts import KernelFacts, Param
     from drivetrain.hal.language.source import Source
     from drivetrain.hal.opened import Opened
     from drivetrain.hal.stream import Stream
@@ -175,12 +175,12 @@ class Launch:
     """One launch, checked and packed: the kernel, its dimensions and its arguments."""
 
     def __init__(
-        self, kernel: Kernel, grid: Dim, block: Dim, shared: int, values: Sequence[Any]
+        self, kernel: Kernel, grid: Dim, block: Dim | None, shared: int, values: Sequence[Any]
     ) -> None:
         self.kernel = kernel
         limits = kernel._opened.backend.limits
         self.grid = dims(grid, "grid", limits.grid)
-        self.block = dims(block, "block", limits.block)
+        self.block = _block(kernel, block, limits.block)
         threads = self.block[0] * self.block[1] * self.block[2]
         most = kernel.facts.threads or limits.threads
         if threads > most:
@@ -188,13 +188,13 @@ class Launch:
                 f"{kernel.name}: a block of {threads} threads; at most {most} on "
                 f"{kernel.device.address}"
             )
-        room = limits.shared_bytes - kernel.facts.shared_bytes
+        room = max(limits.shared_bytes - kernel.facts.shared_bytes - kernel._shared, 0)
         if not isinstance(shared, int) or not 0 <= shared <= room:
             raise BadInput(
                 f"{kernel.name}: {shared!r} bytes of dynamic shared memory; 0 to {room} on "
                 f"{kernel.device.address}"
             )
-        self.shared = shared
+        self.shared = kernel._shared + shared
         if len(values) != len(kernel.arguments):
             raise BadInput(
                 f"{kernel.name} takes {len(kernel.arguments)} arguments "
@@ -202,7 +202,8 @@ class Launch:
             )
         self._values = ctypes.create_string_buffer(max(kernel._room, 1))
         start = ctypes.addressof(self._values)
-        self._table = (ctypes.c_void_p * max(len(values), 1))(*(start + o for o in kernel._offsets))
+        places = [start + offset for offset in kernel._offsets]
+        self._table = (ctypes.c_void_p * max(len(places), 1))(*places)
         self.arguments = ctypes.addressof(self._table)
         self.buffers: dict[int, Buffer] = {}
         for index, value in enumerate(values):
@@ -233,11 +234,12 @@ class Launch:
         """The same launch with arguments of its own."""
         values: list[Any] = []
         for index, (kind, offset) in enumerate(
-            zip(self.kernel.arguments, self.kernel._offsets, strict=True)
+            zip(self.kernel.arguments, self.kernel._offsets, strict=False)
         ):
             raw = self._values.raw[offset : offset + kind.nbytes]
             values.append(self.buffers.get(index) if kind is PTR else _Raw(raw))
-        return Launch(self.kernel, self.grid, self.block, self.shared, values)
+        shared = self.shared - self.kernel._shared
+        return Launch(self.kernel, self.grid, self.block, shared, values)
 
     def check_buffers(self, stream: Stream) -> None:
         for index, buffer in self.buffers.items():
@@ -288,7 +290,7 @@ class Launch:
         """The arguments as the kernel sees them: buffers, numbers, a structure's bytes."""
         found: list[Any] = []
         for index, (kind, offset) in enumerate(
-            zip(self.kernel.arguments, self.kernel._offsets, strict=True)
+            zip(self.kernel.arguments, self.kernel._offsets, strict=False)
         ):
             raw = self._values.raw[offset : offset + kind.nbytes]
             if kind is PTR:
@@ -335,6 +337,21 @@ class Launch:
         return handle
 
 
+def _block(kernel: Kernel, block: Dim | None, most: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The block of a launch; a kernel that was compiled for one size takes only that, or None."""
+    fixed = kernel._block
+    if block is None:
+        if fixed is None:
+            raise BadInput(f"{kernel.name}: give a block; only Triton's kernels know theirs")
+        return fixed
+    found = dims(block, "block", most)
+    if fixed is not None and found != fixed:
+        raise BadInput(
+            f"{kernel.name} was compiled for blocks of {fixed[0]} threads, not {found}; give None"
+        )
+    return found
+
+
 def _buffer(kernel: Kernel, index: int, value: Any) -> Buffer | None:
     if value is None:
         return None
@@ -379,8 +396,9 @@ class Kernel(KernelCore):
 
     ``kernel(stream, grid, block, *arguments, shared=0)`` queues one launch. ``grid`` counts blocks,
     ``block`` threads, each an int or a tuple of one to three; ``shared`` is bytes of dynamic shared
-    memory. Everything is checked first: BadInput for a wrong number, type or range of arguments, a
-    closed buffer, one of another device.
+    memory. A Triton kernel has its block and its shared memory already: give None as its block.
+    Everything is checked first: BadInput for a wrong number, type or range of arguments, a closed
+    buffer, one of another device.
     """
 
     def __init__(
@@ -390,6 +408,7 @@ class Kernel(KernelCore):
         function: int,
         arguments: tuple[ArgType, ...],
         facts: FunctionFacts,
+        launched: KernelFacts | None = None,
     ) -> None:
         self._module = module  # keeps the code loaded
         self._opened = module._opened
@@ -400,9 +419,13 @@ class Kernel(KernelCore):
         """Types, in order."""
         self.facts = facts
         self._work: tuple[Count | None, Count | None, str] | None = None
-        self._sizes = tuple(-8 if kind is PTR else kind.nbytes for kind in arguments)
+        self._block = launched.block if launched else None
+        self._shared = launched.shared_bytes if launched else 0
+        # Pointers that the compiler added after the user's arguments; it has no use for them here.
+        every = (*arguments, *(PTR for _ in range(launched.hidden if launched else 0)))
+        self._sizes = tuple(-8 if kind is PTR else kind.nbytes for kind in every)
         offsets, at = [], 0
-        for kind in arguments:
+        for kind in every:
             at = -(-at // 16) * 16 if kind.nbytes > 8 else -(-at // 8) * 8
             offsets.append(at)
             at += kind.nbytes
@@ -410,7 +433,11 @@ class Kernel(KernelCore):
         limits = module._opened.backend.limits
         threads = facts.threads or limits.threads
         room = limits.shared_bytes - facts.shared_bytes
-        letters = b"".join(_LETTERS.get(kind.name, b"\0") for kind in arguments)
+        letters = b"".join(_LETTERS.get(kind.name, b"\0") for kind in every)
+        if self._block:
+            if not every:
+                return
+            letters = bytes(len(every))  # what it adds to a launch is added in Python
         self._bind(
             module._opened,
             function,
@@ -423,7 +450,7 @@ class Kernel(KernelCore):
     if TYPE_CHECKING:
 
         def __call__(
-            self, stream: Stream, grid: Dim, block: Dim, *arguments: Any, shared: int = 0
+            self, stream: Stream, grid: Dim, block: Dim | None, *arguments: Any, shared: int = 0
         ) -> None: ...
 
     def work(
@@ -436,7 +463,9 @@ class Kernel(KernelCore):
         self._work = (bytes, flops, dtype)
         return self
 
-    def plan(self, stream: Stream, grid: Dim, block: Dim, *arguments: Any, shared: int = 0) -> Plan:
+    def plan(
+        self, stream: Stream, grid: Dim, block: Dim | None, *arguments: Any, shared: int = 0
+    ) -> Plan:
         """The same launch, prepared to be repeated."""
         launch = Launch(self, grid, block, shared, arguments)
         launch.check(stream)
@@ -483,7 +512,7 @@ class Module:
         if facts is None and self._kernels:
             raise BadInput(f"there is no kernel {name!r}; there are {', '.join(self._kernels)}")
         if args is None:
-            if facts is None:
+            if facts is None or facts.params is None:
                 raise BadInput(f"{name}: this code does not tell its arguments; give args=[...]")
             types = tuple(
                 struct_of(p.nbytes) if p.type == "struct" else TYPES[p.type] for p in facts.params
@@ -495,8 +524,8 @@ class Module:
                     raise BadInput(
                         f"{name}: {kind!r} is no argument type; use hal.PTR, hal.F32, ..."
                     )
-            if facts is not None:
-                self._compare(name, types, facts)
+            if facts is not None and facts.params is not None:
+                self._compare(name, types, facts.params)
         backend = self._opened.backend
         try:
             function = backend.function(self._handle, facts.symbol if facts else name)
@@ -504,7 +533,7 @@ class Module:
             if error.code != "no_such_kernel":
                 raise
             raise BadInput(f"there is no kernel {name!r} in this code: {error}") from error
-        kernel = Kernel(self, name, function, types, backend.function_facts(function))
+        kernel = Kernel(self, name, function, types, backend.function_facts(function), facts)
         backend.function_arguments(function, kernel._sizes)
         note = getattr(backend, "note_kernel", None)  # there with DRIVETRAIN_DEBUG=1
         if note is not None:
@@ -512,13 +541,12 @@ class Module:
         return kernel
 
     @staticmethod
-    def _compare(name: str, types: tuple[ArgType, ...], facts: KernelFacts) -> None:
-        if len(types) != len(facts.params):
+    def _compare(name: str, types: tuple[ArgType, ...], params: tuple[Param, ...]) -> None:
+        if len(types) != len(params):
             raise BadInput(
-                f"{name} has {len(facts.params)} arguments in the source, {len(types)} types were "
-                "given"
+                f"{name} has {len(params)} arguments in the source, {len(types)} types were given"
             )
-        for index, (kind, param) in enumerate(zip(types, facts.params, strict=True)):
+        for index, (kind, param) in enumerate(zip(types, params, strict=True)):
             if kind.family != param.type.rstrip("0123456789") or kind.nbytes != param.nbytes:
                 raise BadInput(
                     f"{name}, argument {index} ({param.name}): {kind!r} was given, the source has "
@@ -545,7 +573,7 @@ def compiled(opened: Opened, source: Any, options: Sequence[str]) -> Module:
 
 
 def _launch(
-    kernel: Kernel, stream: Stream, grid: Dim, block: Dim, *arguments: Any, shared: int = 0
+    kernel: Kernel, stream: Stream, grid: Dim, block: Dim | None, *arguments: Any, shared: int = 0
 ) -> None:
     """A kernel's call when it is not the usual case."""
     Launch(kernel, grid, block, shared, arguments).on(stream)

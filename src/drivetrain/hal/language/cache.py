@@ -241,8 +241,9 @@ def _unpacked(key: str, data: bytes) -> Compiled | None:
 
 
 def _kernel(facts: Mapping[str, Any]) -> KernelFacts:
-    params = tuple(Param(**param) for param in facts["params"])
-    return KernelFacts(**{**facts, "params": params})
+    params, block = facts["params"], facts["block"]
+    told = None if params is None else tuple(Param(**param) for param in params)
+    return KernelFacts(**{**facts, "params": told, "block": tuple(block) if block else None})
 
 
 _caches: dict[tuple[Path, int], Cache] = {}

@@ -42,13 +42,20 @@ class KernelFacts:
     """What `Backend.function` is asked for. On ``cpu`` the shared object exports it with
     ``dt_cpu_`` in front. It differs from the name in the source for templates (``scale<float>``
     is ``scale_float``), for C++ names on CUDA, and where a name is a word of the target."""
-    params: tuple[Param, ...]
+    params: tuple[Param, ...] | None
+    """None where the source could not tell: then whoever takes the kernel gives the types."""
     dynamic_shared: bool = False
     """It declares ``extern __shared__``. In OpenCL a ``__local`` pointer comes last then."""
     barriers: bool = False
     """Its threads wait for one another."""
     launch_bounds: int = 0
     """Most threads of a block, from ``__launch_bounds__``; 0 when not given."""
+    block: tuple[int, int, int] | None = None
+    """The only block it runs with; None where the caller chooses."""
+    shared_bytes: int = 0
+    """Dynamic shared memory that each launch needs beside what the caller asks for."""
+    hidden: int = 0
+    """Pointers behind the parameters that the compiler added; null is what they are given."""
 
 
 @dataclass(frozen=True)

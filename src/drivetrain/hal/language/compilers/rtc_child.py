@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _OK = 0
+_BEFORE_11_2 = [35, 37, 50, 52, 53, 60, 61, 62, 70, 72, 75, 80]
+"""What CUDA 11.0 compiles for; it cannot be asked."""
 
 
 def _function(library: ctypes.CDLL, name: str, *types: Any) -> Any:
@@ -61,9 +63,9 @@ class _Rtc:
         return data.raw if getter(program, data) == _OK else b""
 
     def architectures(self) -> list[int]:
-        """Numbers as in ``sm_90``; empty when the library cannot tell (before 11.2)."""
+        """Numbers as in ``sm_90``."""
         if not self.has("GetSupportedArchs"):
-            return []
+            return _BEFORE_11_2 if self.version() < [11, 1] else [*_BEFORE_11_2, 86]
         count, reference = ctypes.c_int(), ctypes.POINTER(ctypes.c_int)
         if self.call("GetNumSupportedArchs", ctypes.byref(count), types=(reference,)) != _OK:
             return []
@@ -80,21 +82,25 @@ class _Rtc:
         return [major.value, minor.value]
 
 
-def _architecture(asked: str, known: list[int]) -> str:
-    """The option's value for ``sm_90``: real where the library knows it, else the next virtual."""
+def _architecture(asked: str, known: list[int], real: bool) -> str:
+    """The option's value for ``sm_90``: real where the library can, else the next virtual one.
+
+    Empty when it knows only newer ones.
+    """
     if not asked.startswith("sm_"):
         return asked
     number = int("".join(c for c in asked if c.isdigit()))
-    if number in known:
+    if number in known and real:
         return asked
-    older = [arch for arch in known if arch < number]
-    if known and not older:
-        return ""
-    return f"compute_{max(older) if older else number}"
+    older = [arch for arch in known if arch <= number]
+    return f"compute_{max(older)}" if older else ""
 
 
 def _headers(rtc: _Rtc, job: dict[str, Any]) -> list[str]:
-    """Options for the headers that come inside NVRTC, from 13.3; none when there are none."""
+    """Options for the headers that come inside NVRTC, from 13.3; none when there are none.
+
+    Writing them takes a second, so only who needs them has them.
+    """
     if not job["bundled"] or not rtc.has("InstallBundledHeaders"):
         return []
     said = ctypes.c_char_p()
@@ -102,19 +108,36 @@ def _headers(rtc: _Rtc, job: dict[str, Any]) -> list[str]:
     folder = Path("headers").resolve()
     where = str(folder).encode()
     if rtc.call("InstallBundledHeaders", where, 0, ctypes.byref(said), types=types) != _OK:
-        rtc.failed = ""
         return []
     return [f"--include-path={folder}", f"--include-path={folder / 'cccl'}"]
 
 
 def _compile(job: dict[str, Any]) -> dict[str, Any]:
     rtc = _Rtc(job)
-    result: dict[str, Any] = {"version": rtc.version(), "known": rtc.architectures()}
-    arch = _architecture(job["arch"], result["known"])
-    result["arch"] = arch
-    if not arch:
-        return {**result, "status": 5, "word": "architecture", "log": ""}
-    options = [*job["options"], *_headers(rtc, job), f"--gpu-architecture={arch}"]
+    result: dict[str, Any] = {"log": ""}
+    if job["prefix"] == "nvrtc":
+        result |= {"version": rtc.version(), "known": rtc.architectures()}
+    result["arch"] = _architecture(job["arch"], result.get("known", []), rtc.has("GetCUBIN"))
+    if not result["arch"]:
+        return {**result, "status": 5, "word": "architecture"}
+    options = [*job["options"], f"--gpu-architecture={result['arch']}"]
+    result |= _tried(rtc, job, options, job["names"])
+    if result["status"] != _OK and "open source file" in result["log"]:
+        found = _headers(rtc, job)
+        if found:
+            options = [*found, *options]
+            result |= _tried(rtc, job, options, job["names"])
+    if result["status"] != _OK and job["names"]:
+        # A name may be wrong: the source was scanned without its headers. Then it goes unnamed.
+        result |= _tried(rtc, job, options, [])
+    return {**result, "word": rtc.word(result["status"]), "call": rtc.failed}
+
+
+def _tried(
+    rtc: _Rtc, job: dict[str, Any], options: list[str], expressions: list[str]
+) -> dict[str, Any]:
+    result: dict[str, Any] = {"log": ""}
+    rtc.failed = ""
     program = ctypes.c_void_p()
     names = list(job["headers"])
     texts = (ctypes.c_char_p * len(names))(*[job["headers"][name].encode() for name in names])
@@ -129,7 +152,7 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
             *(ctypes.c_int, strings, strings),
         ),
     )
-    for expression in job["names"] if status == _OK else ():
+    for expression in expressions if status == _OK else ():
         types: tuple[Any, ...] = (ctypes.c_void_p, ctypes.c_char_p)
         status = status or rtc.call("AddNameExpression", program, expression.encode(), types=types)
     if status == _OK:
@@ -140,7 +163,7 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
         result["log"] = log.rstrip(b"\0").decode(errors="replace")
     if status == _OK:
         symbols: dict[str, str] = {}
-        for expression in job["names"]:
+        for expression in expressions:
             found = ctypes.c_char_p()
             types = (ctypes.c_void_p, ctypes.c_char_p, ctypes.POINTER(ctypes.c_char_p))
             pair = (expression.encode(), ctypes.byref(found))
@@ -151,7 +174,7 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
             data = rtc.blob(program, kind)
             # Freed only with the process: a library that fails at its end has answered by then.
             Path(f"code.{form}").write_bytes(data.rstrip(b"\0") if form == "ptx" else data)
-    return {"log": "", **result, "status": status, "word": rtc.word(status), "call": rtc.failed}
+    return {**result, "status": status}
 
 
 def main() -> None:
