@@ -15,6 +15,7 @@ from drivetrain.hal.language.tree import (
     Decay,
     Deref,
     Expr,
+    Intrinsic,
     Lit,
     Member,
     Ref,
@@ -106,7 +107,18 @@ def constant(expr: Expr) -> int | float | None:
         return wrap(~int(value), expr.type)
     if isinstance(expr, Binary):
         return _binary(expr)
+    if isinstance(expr, Intrinsic) and expr.name in _BITS:
+        # ``INFINITY`` and its kin are made of bits.
+        bits, code = constant(expr.arguments[0]), _BITS[expr.name]
+        if isinstance(bits, int):
+            made: float = struct.unpack(
+                code, bits.to_bytes(8, "little", signed=bits < 0)[: struct.calcsize(code)]
+            )[0]
+            return made
     return None
+
+
+_BITS = {"int_as_float": "<f", "uint_as_float": "<f", "longlong_as_double": "<d"}
 
 
 def _binary(expr: Binary) -> int | float | None:

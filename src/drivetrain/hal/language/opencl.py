@@ -14,6 +14,7 @@ What holds on every device:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -341,12 +342,13 @@ class _Body(Printer):
         """The value of a constant of the file, as C takes it there."""
         if isinstance(e, Construct):
             return "{" + (", ".join(self.fixed(part) for part in e.parts) or "0") + "}"
-        if isinstance(e, Intrinsic):
-            bits = e.arguments[0]
-            return f"{e.name.rsplit('_', 1)[0].replace('int_as', 'as')}({self.expr(bits)})"
         value = constant(e)
         assert value is not None
-        return self.literal(Lit(e.type, e.line, value))
+        if math.isfinite(value):
+            return self.literal(Lit(e.type, e.line, value))
+        # No function may be called here.
+        word = "NAN" if math.isnan(value) else "INFINITY" if value > 0 else "-INFINITY"
+        return f"(({self.spelled(e.type, e.line)}){word})"
 
     def pointer_cast(self, e: Cast, inner: str) -> str:
         if not isinstance(e.type, Pointer):

@@ -9,6 +9,7 @@ PREDEFINED = {
     "__CUDA_ARCH__": "700",
     "__DRIVETRAIN__": "1",
     "__cplusplus": "201703L",
+    "__align__": "alignas",
     "INT_MAX": "2147483647",
     "INT_MIN": "(-2147483647 - 1)",
     "UINT_MAX": "4294967295u",
