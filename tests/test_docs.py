@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -207,6 +209,29 @@ def test_the_script_in_the_readme_is_python_and_short() -> None:
     ]
     compile(script, "README.md", "exec")
     assert len([line for line in script.splitlines() if line]) <= 20
+
+
+def test_the_code_on_the_page_of_the_hal_runs(tmp_path: Path) -> None:
+    blocks = [
+        body
+        for language, body in FENCE.findall((ROOT / "docs/hal.md").read_text())
+        if language == "python"
+    ]
+    assert len(blocks) >= 5
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks))
+    more = {"DRIVETRAIN_HOME": str(tmp_path / "home"), "DRIVETRAIN_CPU_PARTITIONS": "2"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env={**os.environ, **more},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "page.py" in done.stdout  # the line that holds memory
+    assert (tmp_path / "trace.json").stat().st_size > 0
 
 
 CHIPS = {
