@@ -124,6 +124,33 @@ __global__ void part_of_a_warp(const int *in, int *out) {
   }
   out[threadIdx.x] = v;
 }
+__global__ void tiles_by_data(const int *sizes, const int *in, int *out) {
+  __shared__ int s[32];
+  int n = sizes[blockIdx.x], sum = 0;
+  for (int i = 0; i < n; i++) {
+    s[threadIdx.x] = in[i * 32 + threadIdx.x];
+    __syncthreads();
+    sum += s[31 - threadIdx.x] * (i + 1);
+    __syncthreads();
+  }
+  out[blockIdx.x * 32 + threadIdx.x] = sum;
+}
+__global__ void some_lanes(const int *in, int *out, int step, int width) {
+  int v = in[threadIdx.x], warp = threadIdx.x / 32;
+  if (warp == 1 && step > 0) {
+    for (int i = step; i < width; i += step) {
+      int other = __shfl_xor_sync(~0u, v, i);
+      if (i > 4) { int more = __shfl_up_sync(~0u, other, 1); v += more; }
+      else v -= other;
+    }
+  } else if (step > 0) {
+    v = -v;
+  } else {
+    unsigned b = __ballot_sync(~0u, v > 5);
+    v = b >> threadIdx.x % 32 & 1;
+  }
+  out[threadIdx.x] = v;
+}
 __global__ void by_data(const int *in, int *out) {
   if (in[blockIdx.x] == 0) return;
   __shared__ int s[32];
@@ -134,14 +161,13 @@ __global__ void by_data(const int *in, int *out) {
 __global__ void missing(const int *in, int *out) {
   __shared__ int turn;
   turn = in[threadIdx.x];
-  if (turn) __syncthreads();
+  switch (turn) { case 1: __syncthreads(); }
   out[threadIdx.x] = 1;
 }
 __global__ void left_early(const int *in, int *out) {
   __shared__ int turn;
   turn = in[threadIdx.x];
-  if (turn == 0) return;
-  __syncthreads();
+  switch (turn) { case 0: return; default: __syncthreads(); }
   out[threadIdx.x] = 1;
 }
 """
@@ -229,6 +255,31 @@ def test_lanes_of_half_a_warp_exchange_among_themselves(kernels):
         sums = half + np.concatenate([half[8:], half[8:]])
         assert (out[start : start + 16] == sums + int((sums > 50).any())).all()
         assert (out[start + 16 : start + 32] == v[start + 16 : start + 32].sum()).all()
+
+
+def test_a_loop_with_barriers_may_be_as_long_as_its_data_says(kernels):
+    sizes = np.array([0, 3, 1], np.int32)
+    given = np.random.default_rng(3).integers(0, 9, (3, 32), dtype=np.int32)
+    out = np.full((3, 32), -1, np.int32)
+    kernels(SPLIT)("tiles_by_data", 3, 32, sizes, given, out)
+    for block, n in enumerate(sizes):
+        expected = sum((given[i, ::-1] * (i + 1) for i in range(n)), np.zeros(32, np.int32))
+        assert (out[block] == expected).all()
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])
+def test_one_warp_exchanges_in_a_branch_that_the_others_do_not_take(kernels, step):
+    given = np.random.default_rng(4).integers(0, 9, 96, dtype=np.int32)
+    out = np.zeros(96, np.int32)
+    kernels(SPLIT)("some_lanes", 1, 96, given, out, step, 16)
+    expected = -given if step else (given > 5).astype(np.int32)
+    if step:
+        v, lane = given[32:64].copy(), np.arange(32)
+        for i in range(step, 16, step):
+            other = v[lane ^ i]
+            v = v + other[np.maximum(lane - 1, 0)] if i > 4 else v - other
+        expected[32:64] = v
+    assert (out == expected).all()
 
 
 def test_a_block_may_leave_when_its_data_says_so(kernels):
@@ -320,7 +371,7 @@ def test_the_twin_in_python_runs_the_same_code(tmp_path):
         " int i = blockIdx.x * 64 + threadIdx.x; s[threadIdx.x] = i < n ? x[i] : 0.f;"
         " __syncthreads(); if (i < n) y[i] = s[63 - threadIdx.x]; }"
         "__global__ void bad(const float *x) { __shared__ float s; s = x[threadIdx.x];"
-        " if (s > 0.5f) __syncthreads(); }"))
+        " switch ((int)s) { case 0: return; default: __syncthreads(); } }"))
     stream = device.stream()
     x = np.arange(128, dtype=np.float32)
     a, b = device.alloc(512, stream=stream), device.alloc(512, stream=stream)

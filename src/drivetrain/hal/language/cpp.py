@@ -101,9 +101,9 @@ class Unit:
         from drivetrain.hal.language.cpp_fibers import print_fibers
 
         plans: dict[str, Plan | None] = {}
-        for name, (kernel, facts) in self.waiting.items():
+        for name, (kernel, _) in self.waiting.items():
             try:
-                plans[name] = split(kernel, facts)
+                plans[name] = split(kernel)
             except NotSplittable:
                 plans[name] = None
         self._prelude(fibers=None in plans.values())

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from drivetrain.hal.language.cpp import CppPrinter, needs_thread
 from drivetrain.hal.language.cpp_lanes import Guard, Lanes, unsteady
-from drivetrain.hal.language.fission import Once, Plan, Region, Repeat, Way
+from drivetrain.hal.language.fission import Agreement, Once, Plan, Region, Repeat, Way
 from drivetrain.hal.language.printer import Lines
 from drivetrain.hal.language.tree import (
     Binary,
@@ -66,12 +66,13 @@ def print_split(unit: Unit, kernel: Function, symbol: str, plan: Plan, layout: L
         "const dt_block &dt_given", "char *__restrict dt_shared", "char *__restrict dt_dynamic",
         "char *__restrict dt_scratch",
     ]  # fmt: skip
-    out.add(f"static DT_NOINLINE void k_{symbol}({', '.join([*hidden, *params])})", kernel.line)
+    out.add(f"static DT_NOINLINE int k_{symbol}({', '.join([*hidden, *params])})", kernel.line)
     out.add("{")
     out.depth += 1
     printer.start(kernel)
     for item in plan.items:
         printer.item(item)
+    out.add("return 0;")
     out.depth -= 1
     out.add("}")
     call = ", ".join(
@@ -82,8 +83,7 @@ def print_split(unit: Unit, kernel: Function, symbol: str, plan: Plan, layout: L
     out.depth += 1
     sizes = f"{layout.nbytes}, {printer.scratch_each}, {printer.scratch_arrays}"
     out.add(f"return dt_run(dt_range, {sizes}, [&](dt_block &dt_b) {{")
-    out.add(f"  k_{symbol}({call});")
-    out.add("  return 0;")
+    out.add(f"  return k_{symbol}({call});")
     out.add("});")
     out.depth -= 1
     out.add("}")
@@ -128,6 +128,7 @@ class SplitPrinter(CppPrinter):
         self.loops = 0
         """Around the statement that is printed, inside its region."""
         self.labels = 0
+        self.agreements = 0
         self.label_used = False
 
     def start(self, kernel: Function) -> None:
@@ -211,11 +212,17 @@ class SplitPrinter(CppPrinter):
             self.region(item)
         elif isinstance(item, Once):
             if isinstance(item.stmt, Return):
-                self.out.add("return;", item.stmt.line)
+                self.out.add("return 0;", item.stmt.line)
             else:
                 self.stmt(item.stmt)
         elif isinstance(item, Way):
-            self.out.add(f"if ({self.expr(item.test)})", item.line)
+            if isinstance(item.test, Agreement):
+                name = self.agreement(item.test)
+                self.out.add(f"const int {name}_now = {name}();", item.line)
+                self.out.add(f"if ({name}_now > 1) return 3;")
+                self.out.add(f"if ({name}_now)", item.line)
+            else:
+                self.out.add(f"if ({self.expr(item.test)})", item.line)
             self.items(item.yes)
             if item.no:
                 self.out.add("else")
@@ -233,7 +240,18 @@ class SplitPrinter(CppPrinter):
 
     def repeat(self, item: Repeat) -> None:
         loop = item.loop
-        test = self.expr(loop.test) if loop.test is not None else ""
+        if isinstance(item.test, Agreement):
+            name = self.agreement(item.test)
+            self.out.add(f"int {name}_now = 1;", loop.line)
+            test = f"({name}_now = {name}()) == 1"
+        else:
+            test = self.expr(item.test) if item.test is not None else ""
+        self.loop_over_items(item, test)
+        if isinstance(item.test, Agreement):
+            self.out.add(f"if ({name}_now > 1) return 3;")
+
+    def loop_over_items(self, item: Repeat, test: str) -> None:
+        loop = item.loop
         if loop.post:
             self.out.add("do", loop.line)
             self.items(item.body)
@@ -242,6 +260,31 @@ class SplitPrinter(CppPrinter):
         step = "" if loop.step is None else self.discarded(loop.step)
         self.out.add(f"for (; {test}; {step})", loop.line)
         self.items(item.body)
+
+    def agreement(self, agreement: Agreement) -> str:
+        """A function of what all threads find: 0, 1, or 2 when they do not agree."""
+        self.agreements += 1
+        name, out = f"dt_agree_{self.agreements}", self.out
+        out.add(f"auto {name} = [&]() -> int {{", agreement.test.line)
+        out.depth += 1
+        out.add("int dt_found = 0;")
+        out.add("for (uint dt_z = 0; dt_z < dt_nz; dt_z++)")
+        out.add("for (uint dt_y = 0; dt_y < dt_ny; dt_y++)")
+        out.add("for (uint dt_x = 0; dt_x < dt_nx; dt_x++) {")
+        out.depth += 1
+        out.add("const long dt_t = ((long)dt_z * dt_ny + dt_y) * dt_nx + dt_x;")
+        self.in_thread = True
+        for decl in agreement.again:
+            super().decl(decl)
+        out.add(f"dt_found |= {self.expr(agreement.test)} ? 1 : 2;", agreement.test.line)
+        self.in_thread = False
+        out.depth -= 1
+        out.add("}")
+        both = "1" if agreement.any else "2"
+        out.add(f"return dt_found == 3 ? {both} : dt_found & 1;")
+        out.depth -= 1
+        out.add("};")
+        return name
 
     def region(self, region: Region) -> None:
         body = [stmt for stmt in region.body if not self.empty(stmt)]

@@ -15,21 +15,19 @@ Multi-core CPUs*, LCPC 2008), which calls the splitting "deep fission".
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from drivetrain.hal.language.lowering import Lowering, NotSplittable
 from drivetrain.hal.language.tree import (
     AddressOf,
     Assign,
-    Binary,
     Block,
     Break,
     Call,
-    Cast,
     Comma,
     Compound,
-    Cond,
     Continue,
     Decay,
     Decl,
@@ -49,18 +47,15 @@ from drivetrain.hal.language.tree import (
     Switch,
     Sync,
     Var,
+    has_effects,
     parts,
     root_var,
     walk,
 )
-from drivetrain.hal.language.types import U8, Pointer, is_scalar
-from drivetrain.hal.language.uniform import UNIFORM, Uniformity
+from drivetrain.hal.language.types import Pointer, is_scalar
+from drivetrain.hal.language.uniform import UNIFORM, UNKNOWN, Uniformity, uniformity
 
-__all__ = ["NotSplittable", "Once", "Plan", "Region", "Repeat", "Way", "split"]
-
-
-class NotSplittable(Exception):
-    """The kernel needs a stack for each thread."""
+__all__ = ["Agreement", "NotSplittable", "Once", "Plan", "Region", "Repeat", "Way", "split"]
 
 
 @dataclass(eq=False)
@@ -81,7 +76,7 @@ class Once:
 
 @dataclass(eq=False)
 class Way:
-    test: Expr
+    test: Expr | Agreement
     line: int
     yes: list[Item]
     no: list[Item]
@@ -90,7 +85,21 @@ class Way:
 @dataclass(eq=False)
 class Repeat:
     loop: Loop
+    test: Expr | Agreement | None
     body: list[Item]
+
+
+@dataclass(eq=False)
+class Agreement:
+    """A condition that each thread calculates.
+
+    Since it reads memory, and all must find the same; or, with ``any``, to know whether it holds
+    for some thread.
+    """
+
+    test: Expr
+    any: bool = False
+    again: list[Decl] = field(default_factory=list)
 
 
 Item = Region | Once | Way | Repeat
@@ -105,16 +114,20 @@ class Plan:
     """An element for each thread."""
 
 
-def split(kernel: Function, facts: Uniformity) -> Plan:
+def split(kernel: Function) -> Plan:
     """The plan of a kernel whose places to wait are reached by all threads or by none.
 
     Raises NotSplittable.
     """
     assert kernel.body is not None
-    if any(wait.control.level != UNIFORM or wait.scope == "call" for wait in facts.waits):
+    before = uniformity(kernel, agreed=True)
+    if any(wait.scope == "call" for wait in before.waits):
         raise NotSplittable
-    body = _own_params(kernel, facts)
-    body = Block(body.line, _Lowering(facts).block(body))
+    body = _own_params(kernel, before)
+    body = Block(body.line, Lowering(before).block(body))
+    facts = uniformity(replace(kernel, body=body), agreed=True)
+    if any(wait.control.level != UNIFORM for wait in facts.waits):
+        raise NotSplittable
     return _Planner(body, facts).plan()
 
 
@@ -166,80 +179,6 @@ def _written(node: Any) -> Iterator[Var]:
                 yield var
 
 
-class _Lowering:
-    """Shuffles and votes as: store, wait, read what another thread stored."""
-
-    def __init__(self, facts: Uniformity) -> None:
-        self.facts = facts
-
-    def block(self, block: Block) -> list[Stmt]:
-        out: list[Stmt] = []
-        for stmt in block.body:
-            out += self.statement(stmt)
-        return out
-
-    def statement(self, stmt: Stmt) -> list[Stmt]:
-        if not any(_exchanges(node) for node in walk(stmt)):
-            return [stmt]
-        line = stmt.line
-        if isinstance(stmt, Block):
-            return [Block(line, self.block(stmt))]
-        if isinstance(stmt, If):
-            before, test = self.lifted(stmt.test)
-            no = Block(line, self.block(stmt.no)) if stmt.no is not None else None
-            return [*before, If(line, test, Block(stmt.yes.line, self.block(stmt.yes)), no)]
-        if isinstance(stmt, Loop):
-            for expr in (stmt.test, stmt.step):
-                if expr is not None and any(_exchanges(node) for node in walk(expr)):
-                    raise NotSplittable
-            body = Block(stmt.body.line, self.block(stmt.body))
-            return [Loop(line, stmt.test, stmt.step, body, stmt.post, stmt.unroll)]
-        if isinstance(stmt, Do):
-            before, expr = self.lifted(stmt.expr)
-            return [*before, Do(line, expr)]
-        if isinstance(stmt, Decl) and stmt.init is not None:
-            before, init = self.lifted(stmt.init)
-            return [*before, Decl(line, stmt.var, init)]
-        raise NotSplittable
-
-    def lifted(self, expr: Expr) -> tuple[list[Stmt], Expr]:
-        if not any(_exchanges(node) for node in walk(expr)):
-            return [], expr
-        if isinstance(expr, Cond) or (isinstance(expr, Binary) and expr.op in ("&&", "||")):
-            raise NotSplittable
-        before: list[Stmt] = []
-        values: list[Any] = []
-        for item in fields(expr):
-            value = getattr(expr, item.name)
-            if isinstance(value, Expr):
-                more, value = self.lifted(value)
-                before += more
-            elif isinstance(value, list):
-                kept = []
-                for entry in value:
-                    more, entry = self.lifted(entry)
-                    before += more
-                    kept.append(entry)
-                value = kept
-            values.append(value)
-        made: Expr = type(expr)(*values)
-        if not isinstance(made, Intrinsic) or not _exchanges(made):
-            return before, made
-        given = made.arguments[1]
-        vote = made.name.startswith("vote")
-        kind = U8 if vote else given.type
-        stored = Var("given", kind, made.line, role="exchange")
-        before.append(Decl(made.line, stored, Cast(U8, made.line, given) if vote else given))
-        before.append(Sync(made.line, "warp"))
-        place = Ref(Pointer(kind), made.line, stored)
-        rest = [made.arguments[0]] if vote else made.arguments[2:]
-        return before, Intrinsic(made.type, made.line, f"read_{made.name}", [place, *rest])
-
-
-def _exchanges(node: Any) -> bool:
-    return isinstance(node, Intrinsic) and node.name.startswith(("shfl", "vote"))
-
-
 class _Planner:
     def __init__(self, body: Block, facts: Uniformity) -> None:
         self.body, self.facts = body, facts
@@ -256,7 +195,7 @@ class _Planner:
         self.declared = {n.var for n in walk(body) if isinstance(n, Decl)}
         self.block_vars = self._of_the_block()
         self.pending: list[Stmt] = []
-        self.regions: list[Region] = []
+        self.regions: list[Region | Agreement] = []
         self.tests: list[Expr] = []
 
     # -- which statements are done once for the block
@@ -269,7 +208,7 @@ class _Planner:
             return True
         if isinstance(stmt, Block):
             return any(self.structured(inner) for inner in stmt.body)
-        if isinstance(stmt, If) and self.facts.of(stmt.test) == UNIFORM:
+        if isinstance(stmt, If) and self.facts.of(stmt.test) <= UNKNOWN:
             branches = [stmt.yes, stmt.no] if stmt.no is not None else [stmt.yes]
             return any(_leaves(b) for b in branches) and all(self._all_leave(b) for b in branches)
         return False
@@ -435,32 +374,43 @@ class _Planner:
         if isinstance(stmt, Block):
             items += self.row(stmt.body, last=last, loop_body=ends_loop)
         elif isinstance(stmt, If):
-            self._test(stmt.test)
+            test = self._test(stmt.test)
             yes = self.row(stmt.yes.body, last=last, loop_body=ends_loop)
             no = (
                 self.row(stmt.no.body, last=last, loop_body=ends_loop)
                 if stmt.no is not None
                 else []
             )
-            items.append(Way(stmt.test, stmt.line, yes, no))
+            items.append(Way(test, stmt.line, yes, no))
         elif isinstance(stmt, Loop):
-            for expr in (stmt.test, stmt.step):
-                if expr is not None:
-                    self._test(expr)
-            items.append(Repeat(stmt, self.row(stmt.body.body, last=False, loop_body=True)))
+            checked = self._test(stmt.test) if stmt.test is not None else None
+            if stmt.step is not None and isinstance(self._test(stmt.step), Agreement):
+                raise NotSplittable
+            body = self.row(stmt.body.body, last=False, loop_body=True)
+            items.append(Repeat(stmt, checked, body))
         elif isinstance(stmt, Return | Break | Continue):
             items.append(Once(stmt))
         else:
             raise NotSplittable
 
-    def _test(self, expr: Expr) -> None:
-        if not set(_written(expr)) <= self.block_vars or any(
+    def _test(self, expr: Expr) -> Expr | Agreement:
+        stored = set(_written(expr))
+        if isinstance(expr, Intrinsic) and expr.name == "any_thread":
+            some = Agreement(expr.arguments[0], any=True)
+            self.regions.append(some)
+            return some
+        if self.facts.of(expr) == UNKNOWN and not has_effects(expr):
+            agreement = Agreement(expr)
+            self.regions.append(agreement)
+            return agreement
+        if not stored <= self.block_vars or any(
             isinstance(node, Call)
             or (isinstance(node, Intrinsic) and node.name.startswith("read_"))
             for node in walk(expr)
         ):
             raise NotSplittable
         self.tests.append(expr)
+        return expr
 
     # -- where each variable lives
 
@@ -469,7 +419,7 @@ class _Planner:
         declared_in: dict[Var, int] = {}
         again: dict[Var, Decl] = {}
         for number, region in enumerate(self.regions):
-            for stmt in region.body:
+            for stmt in _inside(region):
                 for node in walk(stmt):
                     if isinstance(node, Ref):
                         seen.setdefault(node.var, set()).add(number)
@@ -481,7 +431,7 @@ class _Planner:
                 if isinstance(node, Ref):
                     seen.setdefault(node.var, set()).add(-1)
         for region in self.regions:
-            for stmt in region.body:
+            for stmt in _inside(region):
                 if isinstance(stmt, Decl) and self._cheap(stmt, again):
                     again[stmt.var] = stmt
         forced = {var for var, where in seen.items() if -1 in where}
@@ -536,10 +486,14 @@ class _Planner:
         return any(isinstance(stmt, Decl) and stmt.var is var for stmt in self.body.body)
 
     def _calculate_again(
-        self, region: Region, number: int, kept: dict[Var, Decl], declared_in: dict[Var, int]
+        self,
+        region: Region | Agreement,
+        number: int,
+        kept: dict[Var, Decl],
+        declared_in: dict[Var, int],
     ) -> None:
         wanted: set[Var] = set()
-        todo = [n.var for stmt in region.body for n in walk(stmt) if isinstance(n, Ref)]
+        todo = [n.var for part in _inside(region) for n in walk(part) if isinstance(n, Ref)]
         while todo:
             var = todo.pop()
             if var in kept and var not in wanted and declared_in.get(var) != number:
@@ -548,6 +502,10 @@ class _Planner:
                 assert init is not None
                 todo += [node.var for node in walk(init) if isinstance(node, Ref)]
         region.again = [decl for var, decl in kept.items() if var in wanted]
+
+
+def _inside(region: Region | Agreement) -> Sequence[Stmt | Expr]:
+    return region.body if isinstance(region, Region) else [region.test]
 
 
 def _kept_pointers(body: Block) -> set[Var]:

@@ -114,6 +114,8 @@ class Uniformity:
         if isinstance(expr, Intrinsic):
             if expr.name.startswith(("atomic", "shfl", "vote", "read_")):
                 return DIVERGENT
+            if expr.name == "any_thread":
+                return UNIFORM
             return max([UNIFORM, *(self.of(argument) for argument in expr.arguments)])
         return max([UNIFORM, *(self.of(part) for part in parts(expr))])
 
