@@ -137,8 +137,10 @@ class Lowering:
     def if_any(self, taken: Expr, body: list[Stmt]) -> list[Stmt]:
         """Nobody enters where no thread of the block would: a loop there might not end."""
         line = taken.line
-        test = Intrinsic(BOOL, line, "any_thread", [taken])
-        return [If(line, test, Block(line, self.under(taken, body)))]
+        inside = Block(line, self.under(taken, body))
+        if any(isinstance(node, Sync) for node in walk(inside)):
+            return [If(line, Intrinsic(BOOL, line, "any_thread", [taken]), inside)]
+        return [inside]
 
     def under(self, taken: Expr, body: list[Stmt]) -> list[Stmt]:
         """The statements, done by threads for which ``taken`` holds; waits by all."""
@@ -157,6 +159,9 @@ class Lowering:
                 if any(isinstance(n, Return | Break | Continue | Case) for n in _own(stmt)):
                     raise NotSplittable
                 out.append(If(line, taken, Block(line, [stmt])))
+            elif isinstance(stmt, If) and _any_thread(stmt.test):
+                inside = Block(stmt.yes.line, self.under(taken, stmt.yes.body))
+                out.append(If(line, stmt.test, inside))
             elif isinstance(stmt, If):
                 inner = Var("taken", BOOL, line)
                 both = Binary(BOOL, line, "&&", taken, stmt.test)
@@ -219,6 +224,10 @@ def _own(stmt: Stmt) -> list[Any]:
             continue
         stack += parts(node)
     return found
+
+
+def _any_thread(test: Expr) -> bool:
+    return isinstance(test, Intrinsic) and test.name == "any_thread"
 
 
 def _exchanges(node: Any) -> bool:
