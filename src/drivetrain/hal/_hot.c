@@ -3,6 +3,11 @@
  * Each fast path does what is right in the usual case. Whatever is unusual (another type, a closed
  * buffer, a stream that is being captured, a failure of the driver) goes to the Python function
  * beside it, which checks everything and says what is wrong. So no message is made here.
+ *
+ * Without the GIL: fields are written under their object's critical section (descriptors of members
+ * do so by themselves). What is set once (a stream's pool and lists, a buffer's home and device, all
+ * of a kernel) is read without it, by atomic loads; what changes (a buffer's resource, users and
+ * root, a plan's buffers, a graph's steps) within it.
  */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -14,6 +19,13 @@
 
 #define MOST_ARGUMENTS 64
 
+#ifndef Py_BEGIN_CRITICAL_SECTION /* before Python 3.13 the GIL is one */
+#define Py_BEGIN_CRITICAL_SECTION(object) {
+#define Py_END_CRITICAL_SECTION() }
+#endif
+#define LOAD(field) __atomic_load_n(&(field), __ATOMIC_ACQUIRE)
+#define STORE(field, value) __atomic_store_n(&(field), (value), __ATOMIC_RELEASE)
+
 /* What the Python side tells once; see bind(). */
 static PyTypeObject *buffer_class;  /* drivetrain.hal.memory.Buffer */
 static PyObject *device_kind;       /* MemoryKind.DEVICE */
@@ -22,7 +34,7 @@ static PyTypeObject *buffer_core, *stream_core, *event_core, *kernel_core, *list
 static _Atomic int watched; /* 1: launches go through Python; 2: allocations and events too */
 static PyTypeObject *event_class;   /* drivetrain.hal.stream.Event */
 static PyObject *name_stream, *name_kind, *name_pool, *name_shared, *name_close, *name_pop, *name_record,
-    *name_give_event, *name_launch_from;
+    *name_give_event, *name_launch_from, *name_on;
 
 static inline int watching(int level) {
     return __builtin_expect(atomic_load_explicit(&watched, memory_order_relaxed) >= level, 0);
@@ -185,8 +197,10 @@ static PyObject *stream_calls(StreamCore *self, PyObject *value) {
 
 static inline int there(PyObject *object) { return object && object != Py_None; }
 
-static inline int queues(StreamCore *self) {
-    return self->handle && (!self->graph || self->graph == Py_None);
+/* The handle of a stream that takes work now; 0: it is closed, or being captured. */
+static inline unsigned long long queues(StreamCore *self) {
+    PyObject *graph = LOAD(self->graph);
+    return !graph || graph == Py_None ? LOAD(self->handle) : 0;
 }
 
 /* -- EventCore -------------------------------------------------------------------------------- */
@@ -212,7 +226,7 @@ static PyMemberDef event_members[] = {
 
 static void event_finalize(PyObject *object) {
     EventCore *self = (EventCore *)object;
-    unsigned long long handle = self->handle;
+    unsigned long long handle = self->handle; /* nobody else knows it any more */
     self->handle = 0;
     if (!handle) return;
     PyObject *type, *value, *trace, *done = NULL;
@@ -254,7 +268,8 @@ static PyType_Spec event_spec = {"drivetrain.hal._hot.EventCore", sizeof(EventCo
 
 /* record() -> Event, with an event that was free and by a call of the driver's own function. */
 static PyObject *stream_new_record(StreamCore *self, PyObject *unused) {
-    if (!watching(2) && queues(self) && self->calls.record && event_class && self->events &&
+    unsigned long long stream = queues(self);
+    if (!watching(2) && stream && self->calls.record && event_class && self->events &&
         PyList_CheckExact(self->events) && PyList_GET_SIZE(self->events)) {
         PyObject *number = PyObject_CallMethodNoArgs(self->events, name_pop);
         if (!number) PyErr_Clear(); /* another thread took the last one */
@@ -263,7 +278,7 @@ static PyObject *stream_new_record(StreamCore *self, PyObject *unused) {
         if (handle && !PyErr_Occurred())
             made = (EventCore *)event_class->tp_alloc(event_class, 0);
         if (made && !dt_record(&self->calls, (void *)(uintptr_t)handle,
-                               (void *)(uintptr_t)self->handle)) {
+                               (void *)(uintptr_t)stream)) {
             made->handle = handle;
             made->opened = Py_XNewRef(self->opened);
             made->device = Py_XNewRef(self->device);
@@ -290,10 +305,10 @@ static PyObject *stream_new_record(StreamCore *self, PyObject *unused) {
 static PyObject *stream_record(StreamCore *self, PyObject *event) {
     unsigned long long handle = PyLong_AsUnsignedLongLong(event);
     if (handle == (unsigned long long)-1 && PyErr_Occurred()) return NULL;
-    if (watching(2) || !self->calls.record || !self->handle || (self->graph && self->graph != Py_None))
-        Py_RETURN_FALSE;
+    unsigned long long stream = queues(self);
+    if (watching(2) || !self->calls.record || !stream) Py_RETURN_FALSE;
     return PyBool_FromLong(!dt_record(&self->calls, (void *)(uintptr_t)handle,
-                                      (void *)(uintptr_t)self->handle));
+                                      (void *)(uintptr_t)stream));
 }
 
 static PyMethodDef stream_methods[] = {
@@ -348,37 +363,78 @@ static inline int is_buffer(PyObject *object) {
     return Py_TYPE(object) == buffer_class || PyObject_TypeCheck(object, buffer_core);
 }
 
-static int is_open(BufferCore *self) {
-    while (self->ptr) {
-        if (!there(self->root) || !is_buffer(self->root)) return 1;
-        self = (BufferCore *)self->root;
+/* Its address; 0 when it, or what it is a view of, is closed. */
+static unsigned long long address_of(BufferCore *self) {
+    unsigned long long ptr = LOAD(self->ptr);
+    PyObject *root = NULL;
+    if (!ptr || !LOAD(self->root)) return ptr;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    if (there(self->root) && is_buffer(self->root)) root = Py_NewRef(self->root);
+    Py_END_CRITICAL_SECTION();
+    if (root) {
+        if (!address_of((BufferCore *)root)) ptr = 0;
+        Py_DECREF(root);
     }
+    return ptr;
+}
+
+/* Gives the memory back to its pool's lists. 1: done, by this thread or another; 0: the slow way
+ * must. */
+static int give_back(BufferCore *self) {
+    StreamCore *home = (StreamCore *)self->home;
+    if (watching(2) || !there(self->home)) return 0;
+    PyObject *pool = LOAD(home->pool), *lists = LOAD(home->lists), *resource = NULL;
+    unsigned long long stream = LOAD(home->handle), ptr = 0;
+    int usual;
+    if (!stream || !there(pool) || !there(lists)) return 0;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    usual = !self->ptr || (self->resource == pool && !there(self->users) && !there(self->waits));
+    if (usual && self->ptr) {
+        ptr = self->ptr;
+        resource = self->resource;
+        STORE(self->ptr, 0);
+        self->resource = NULL;
+    }
+    Py_END_CRITICAL_SECTION();
+    if (!ptr) return usual;
+    dt_lists *kept = ((FreeLists *)lists)->lists;
+    if (dt_lists_put(kept, ptr, (uint64_t)self->nbytes, stream)) {
+        Py_DECREF(resource);
+        return 1;
+    }
+    dt_lists_count(kept, (uint64_t)self->nbytes, 1); /* the slow way counts it again */
+    Py_BEGIN_CRITICAL_SECTION(self);
+    self->resource = resource;
+    STORE(self->ptr, ptr);
+    Py_END_CRITICAL_SECTION();
     return 0;
 }
 
-/* Gives the memory back to its pool's lists. 1: done; 0: the slow way must. */
-static int give_back(BufferCore *self) {
-    StreamCore *home = (StreamCore *)self->home;
-    if (watching(2) || !there(self->resource) || !there(self->home) || !home->handle ||
-        self->resource != home->pool || there(self->users) || there(self->waits))
-        return 0;
-    FreeLists *lists = (FreeLists *)home->lists;
-    unsigned long long ptr = self->ptr;
-    self->ptr = 0;
-    if (dt_lists_put(lists->lists, ptr, (uint64_t)self->nbytes, home->handle)) {
-        Py_CLEAR(self->resource);
-        return 1;
-    }
-    dt_lists_count(lists->lists, (uint64_t)self->nbytes, 1); /* the slow way counts it again */
-    self->ptr = ptr;
-    return 0;
+/* _take() -> (address, resource), of which the buffer has none from here on; (0, None) when another
+ * thread has taken them. */
+static PyObject *buffer_take(BufferCore *self, PyObject *unused) {
+    unsigned long long ptr;
+    PyObject *resource, *root;
+    (void)unused;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    ptr = self->ptr;
+    resource = self->resource;
+    root = self->root;
+    STORE(self->ptr, 0);
+    self->resource = NULL;
+    STORE(self->root, NULL);
+    Py_END_CRITICAL_SECTION();
+    Py_XDECREF(root);
+    PyObject *result = Py_BuildValue("KO", ptr, resource ? resource : Py_None);
+    Py_XDECREF(resource);
+    return result;
 }
 
 static PyObject *buffer_close(PyObject *object, PyObject *const *args, Py_ssize_t count,
                               PyObject *names) {
     BufferCore *self = (BufferCore *)object;
     if (!count && !names) {
-        if (!self->ptr || give_back(self)) Py_RETURN_NONE;
+        if (!LOAD(self->ptr) || give_back(self)) Py_RETURN_NONE;
     }
     PyObject *slow = PyObject_GetAttr(object, name_close);
     if (!slow) return NULL;
@@ -415,11 +471,11 @@ static void buffer_dealloc(BufferCore *self) {
 }
 
 static PyObject *buffer_closed(BufferCore *self, void *unused) {
-    return PyBool_FromLong(!is_open(self));
+    return PyBool_FromLong(!address_of(self));
 }
 
 static PyObject *buffer_used(BufferCore *self, PyObject *stream) {
-    self->last_user = stream;
+    STORE(self->last_user, (void *)stream);
     Py_RETURN_NONE;
 }
 
@@ -428,6 +484,7 @@ static PyMethodDef buffer_methods[] = {
      "close(stream=None): give the memory back, after the work queued so far on the buffer's "
      "stream, on ``stream`` and on every stream that used it. Closing twice does nothing."},
     {"_last_user", (PyCFunction)buffer_used, METH_O, NULL},
+    {"_take", (PyCFunction)buffer_take, METH_NOARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 
@@ -464,16 +521,19 @@ static PyObject *alloc(PyObject *module, PyObject *const *args, Py_ssize_t count
                 usual &= name == name_pool && value == Py_None;
             }
         }
-        if (usual && !watching(2) && stream && stream->device == args[0] && there(stream->lists) && queues(stream)) {
+        PyObject *found = usual && stream && !watching(2) ? LOAD(stream->lists) : NULL;
+        unsigned long long handle = there(found) ? queues(stream) : 0;
+        if (handle && stream->device == args[0]) {
+            dt_lists *lists = ((FreeLists *)found)->lists;
             unsigned long long nbytes = PyLong_AsUnsignedLongLong(args[1]);
             uint64_t ptr = 0;
             if (nbytes == (unsigned long long)-1 && PyErr_Occurred()) PyErr_Clear();
             else if (nbytes >> 48 == 0)
-                ptr = dt_lists_take(((FreeLists *)stream->lists)->lists, nbytes, stream->handle);
+                ptr = dt_lists_take(lists, nbytes, handle);
             if (ptr) {
                 BufferCore *made = (BufferCore *)buffer_class->tp_alloc(buffer_class, 0);
                 if (!made) {
-                    dt_lists_put(((FreeLists *)stream->lists)->lists, ptr, nbytes, stream->handle);
+                    dt_lists_put(lists, ptr, nbytes, handle);
                     return NULL;
                 }
                 made->ptr = ptr;
@@ -534,11 +594,11 @@ static int pack(PyObject *value, unsigned char code, StreamCore *stream, KernelC
         }
         if (!is_buffer(value)) return 0;
         BufferCore *buffer = (BufferCore *)value;
-        if (buffer->opened != kernel->opened || !is_open(buffer)) return 0;
-        if (buffer->home != (PyObject *)stream && buffer->last_user != (void *)stream) return 0;
-        uint64_t ptr = buffer->ptr;
+        if (buffer->opened != kernel->opened) return 0;
+        if (buffer->home != (PyObject *)stream && LOAD(buffer->last_user) != (void *)stream) return 0;
+        uint64_t ptr = address_of(buffer);
         memcpy(out, &ptr, 8);
-        return 1;
+        return ptr != 0;
     }
     if (code == 'f' || code == 'd') {
         double number;
@@ -598,14 +658,21 @@ static int pack(PyObject *value, unsigned char code, StreamCore *stream, KernelC
     return right;
 }
 
-static int queue(const dt_calls *calls, void *function, const uint32_t grid[3],
-                 const uint32_t block[3], uint32_t shared, void *stream, void **arguments,
-                 const int32_t *sizes, unsigned count) {
+static int queue(KernelCore *kernel, const uint32_t grid[3], const uint32_t block[3],
+                 uint32_t shared, unsigned long long stream, void **arguments) {
     int code;
-    if (calls->abi == DT_ABI_OPENCL) /* its arguments lie in the kernel: no other thread between */
-        return dt_launch(calls, function, grid, block, shared, stream, arguments, sizes, count);
+    const dt_calls *calls = &kernel->calls;
+    void *handle = (void *)(uintptr_t)stream;
+    if (calls->abi == DT_ABI_OPENCL) { /* its arguments lie in the kernel: one thread at a time */
+        Py_BEGIN_CRITICAL_SECTION(kernel);
+        code = dt_launch(calls, kernel->function, grid, block, shared, handle, arguments,
+                         kernel->sizes, kernel->count);
+        Py_END_CRITICAL_SECTION();
+        return code;
+    }
     Py_BEGIN_ALLOW_THREADS
-    code = dt_launch(calls, function, grid, block, shared, stream, arguments, sizes, count);
+    code = dt_launch(calls, kernel->function, grid, block, shared, handle, arguments, kernel->sizes,
+                     kernel->count);
     Py_END_ALLOW_THREADS
     return code;
 }
@@ -627,8 +694,8 @@ static PyObject *kernel_call(PyObject *object, PyObject *const *args, size_t fla
             if (overflow || number < 0 || number > (long long)self->shared) goto slow;
             shared = (uint32_t)number;
         }
-        if (stream->opened != self->opened || !queues(stream) ||
-            !read_dims(args[1], self->grid, grid) || !read_dims(args[2], self->block, block) ||
+        unsigned long long handle = queues(stream);
+        if (stream->opened != self->opened || !handle || !read_dims(args[1], self->grid, grid) || !read_dims(args[2], self->block, block) ||
             (uint64_t)block[0] * block[1] * block[2] > self->threads)
             goto slow;
         unsigned char values[MOST_ARGUMENTS * 8];
@@ -637,9 +704,7 @@ static PyObject *kernel_call(PyObject *object, PyObject *const *args, size_t fla
             table[i] = values + 8 * i;
             if (!pack(args[3 + i], self->codes[i], stream, self, values + 8 * i)) goto slow;
         }
-        if (!queue(&self->calls, self->function, grid, block, shared,
-                   (void *)(uintptr_t)stream->handle, table, self->sizes, self->count))
-            Py_RETURN_NONE;
+        if (!queue(self, grid, block, shared, handle, table)) Py_RETURN_NONE;
         /* It failed: done again, the slow way tells why. */
     }
 slow:;
@@ -734,9 +799,7 @@ typedef struct {
 } Plan;
 
 static PyObject *plan_slow(Plan *self) {
-    static PyObject *name;
-    if (!name && !(name = PyUnicode_InternFromString("on"))) return NULL;
-    return PyObject_CallMethodOneArg(self->launch, name, (PyObject *)self->stream);
+    return PyObject_CallMethodOneArg(self->launch, name_on, (PyObject *)self->stream);
 }
 
 static PyObject *plan_call(PyObject *object, PyObject *const *args, size_t flags, PyObject *names) {
@@ -745,16 +808,19 @@ static PyObject *plan_call(PyObject *object, PyObject *const *args, size_t flags
         PyErr_SetString(PyExc_TypeError, "a plan takes no arguments; change them with set");
         return NULL;
     }
-    if (watching(1) || !self->kernel->calls.abi || !queues(self->stream)) return plan_slow(self);
-    for (Py_ssize_t i = 0; i < self->count; i++) {
-        BufferCore *buffer = (BufferCore *)self->buffers[i];
-        if (!is_open(buffer) || (buffer->home != (PyObject *)self->stream &&
-                                 buffer->last_user != (void *)self->stream))
-            return plan_slow(self);
+    unsigned long long handle = queues(self->stream);
+    int usual = !watching(1) && self->kernel->calls.abi && handle;
+    if (usual) {
+        Py_BEGIN_CRITICAL_SECTION(self);
+        for (Py_ssize_t i = 0; i < self->count && usual; i++) {
+            BufferCore *buffer = (BufferCore *)self->buffers[i];
+            usual = address_of(buffer) && (buffer->home == (PyObject *)self->stream ||
+                                           LOAD(buffer->last_user) == (void *)self->stream);
+        }
+        Py_END_CRITICAL_SECTION();
     }
-    if (queue(&self->kernel->calls, self->kernel->function, self->grid, self->block, self->shared,
-              (void *)(uintptr_t)self->stream->handle, self->arguments, self->kernel->sizes,
-              self->kernel->count))
+    if (!usual ||
+        queue(self->kernel, self->grid, self->block, self->shared, handle, self->arguments))
         return plan_slow(self);
     Py_RETURN_NONE;
 }
@@ -781,11 +847,9 @@ static PyObject *plan_new(PyTypeObject *type, PyObject *args, PyObject *names) {
     return (PyObject *)self;
 }
 
-static void drop_buffers(Plan *self) {
-    for (Py_ssize_t i = 0; i < self->count; i++) Py_DECREF(self->buffers[i]);
-    PyMem_Free(self->buffers);
-    self->buffers = NULL;
-    self->count = 0;
+static void drop_buffers(PyObject **buffers, Py_ssize_t count) {
+    for (Py_ssize_t i = 0; i < count; i++) Py_DECREF(buffers[i]);
+    PyMem_Free(buffers);
 }
 
 /* _uses(buffers): the tuple of buffers among the arguments */
@@ -807,15 +871,21 @@ static PyObject *plan_uses(Plan *self, PyObject *buffers) {
         }
         held[i] = Py_NewRef(each);
     }
-    drop_buffers(self);
+    PyObject **before;
+    Py_ssize_t many;
+    Py_BEGIN_CRITICAL_SECTION(self);
+    before = self->buffers;
+    many = self->count;
     self->buffers = held;
     self->count = count;
+    Py_END_CRITICAL_SECTION();
+    drop_buffers(before, many);
     Py_RETURN_NONE;
 }
 
 static void plan_dealloc(Plan *self) {
     PyTypeObject *type = Py_TYPE(self);
-    drop_buffers(self);
+    drop_buffers(self->buffers, self->count);
     Py_XDECREF(self->launch);
     Py_XDECREF((PyObject *)self->stream);
     Py_XDECREF((PyObject *)self->kernel);
@@ -867,16 +937,31 @@ typedef struct {
     char armed;
 } GraphCore;
 
+/* What the graph was armed with is what it is given, and the other way round. */
+static void exchange(GraphCore *self, GraphCore *given) {
+    Py_BEGIN_CRITICAL_SECTION(self);
+    GraphCore before = *self;
+    self->opened = given->opened;
+    self->buffers = given->buffers;
+    self->launches = given->launches;
+    self->calls = given->calls;
+    self->graph = given->graph;
+    self->steps = given->steps;
+    self->count = given->count;
+    self->armed = given->armed;
+    *given = before;
+    Py_END_CRITICAL_SECTION();
+}
+
 /* _disarm(): from here on every launch goes the slow way. */
 static PyObject *graph_disarm(GraphCore *self, PyObject *unused) {
-    self->armed = 0;
-    self->graph = NULL;
-    self->count = 0;
-    PyMem_Free(self->steps);
-    self->steps = NULL;
-    Py_CLEAR(self->opened);
-    Py_CLEAR(self->buffers);
-    Py_CLEAR(self->launches);
+    GraphCore none = {0};
+    (void)unused;
+    exchange(self, &none);
+    PyMem_Free(none.steps);
+    Py_XDECREF(none.opened);
+    Py_XDECREF(none.buffers);
+    Py_XDECREF(none.launches);
     Py_RETURN_NONE;
 }
 
@@ -889,8 +974,9 @@ static PyObject *graph_arm(GraphCore *self, PyObject *args) {
                           &buffers, &PyTuple_Type, &launches, &PyTuple_Type, &steps))
         return NULL;
     Py_XDECREF(graph_disarm(self, NULL));
-    if (read_calls(calls, &self->calls)) return NULL;
-    if (graph ? !self->calls.graph_launch : !self->calls.abi) Py_RETURN_FALSE;
+    GraphCore armed = {0};
+    if (read_calls(calls, &armed.calls)) return NULL;
+    if (graph ? !armed.calls.graph_launch : !armed.calls.abi) Py_RETURN_FALSE;
     for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(buffers); i++)
         if (!is_buffer(PyTuple_GET_ITEM(buffers, i))) Py_RETURN_FALSE;
     Py_ssize_t count = PyTuple_GET_SIZE(steps);
@@ -911,13 +997,18 @@ static PyObject *graph_arm(GraphCore *self, PyObject *args) {
         memcpy(made[i].block, n + 3, sizeof made[i].block);
         made[i].shared = n[6];
     }
-    self->steps = made;
-    self->count = count;
-    self->graph = (void *)(uintptr_t)graph;
-    self->opened = Py_NewRef(opened);
-    self->buffers = Py_NewRef(buffers);
-    self->launches = Py_NewRef(launches);
-    self->armed = 1;
+    armed.steps = made;
+    armed.count = count;
+    armed.graph = (void *)(uintptr_t)graph;
+    armed.opened = Py_NewRef(opened);
+    armed.buffers = Py_NewRef(buffers);
+    armed.launches = Py_NewRef(launches);
+    armed.armed = 1;
+    exchange(self, &armed);
+    PyMem_Free(armed.steps);
+    Py_XDECREF(armed.opened);
+    Py_XDECREF(armed.buffers);
+    Py_XDECREF(armed.launches);
     Py_RETURN_TRUE;
 }
 
@@ -935,31 +1026,38 @@ static Py_ssize_t launch_steps(GraphCore *self, void *stream) {
 /* launch(stream) */
 static PyObject *graph_launch(GraphCore *self, PyObject *object) {
     Py_ssize_t first = 0;
-    if (self->armed && !watching(1) && PyObject_TypeCheck(object, stream_core)) {
+    int done = 0;
+    if (!watching(1) && PyObject_TypeCheck(object, stream_core)) {
         StreamCore *stream = (StreamCore *)object;
-        if (stream->opened != self->opened || !queues(stream)) goto slow;
-        for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(self->buffers); i++) {
-            BufferCore *buffer = (BufferCore *)PyTuple_GET_ITEM(self->buffers, i);
-            if (!is_open(buffer) || (buffer->home != object && buffer->last_user != (void *)object))
-                goto slow;
-        }
-        void *handle = (void *)(uintptr_t)stream->handle;
+        unsigned long long handle = queues(stream);
+        dt_calls calls = {0};
+        void *graph = NULL;
         Py_INCREF(self);
-        int done;
-        if (self->graph) {
-            Py_BEGIN_ALLOW_THREADS
-            done = !dt_graph_launch(&self->calls, self->graph, handle);
-            Py_END_ALLOW_THREADS
-        } else {
+        Py_BEGIN_CRITICAL_SECTION(self);
+        int usual = self->armed && handle && stream->opened == self->opened;
+        for (Py_ssize_t i = 0; usual && i < PyTuple_GET_SIZE(self->buffers); i++) {
+            BufferCore *buffer = (BufferCore *)PyTuple_GET_ITEM(self->buffers, i);
+            usual = address_of(buffer) &&
+                    (buffer->home == object || LOAD(buffer->last_user) == (void *)object);
+        }
+        if (usual && self->graph) {
+            calls = self->calls;
+            graph = self->graph;
+        } else if (usual) {
             /* The steps stay as they are: no other thread changes the graph meanwhile. */
-            first = launch_steps(self, handle);
+            first = launch_steps(self, (void *)(uintptr_t)handle);
             done = first == self->count;
+        }
+        Py_END_CRITICAL_SECTION();
+        if (graph) {
+            Py_BEGIN_ALLOW_THREADS
+            done = !dt_graph_launch(&calls, graph, (void *)(uintptr_t)handle);
+            Py_END_ALLOW_THREADS
         }
         Py_DECREF(self);
         if (done) Py_RETURN_NONE;
         /* It failed: from there on done again, the slow way tells why. */
     }
-slow:;
     PyObject *number = PyLong_FromSsize_t(first);
     if (!number) return NULL;
     PyObject *result =
@@ -1059,8 +1157,9 @@ static int exec_module(PyObject *module) {
     name_record = PyUnicode_InternFromString("_new_record");
     name_give_event = PyUnicode_InternFromString("give_event");
     name_launch_from = PyUnicode_InternFromString("_launch_from");
+    name_on = PyUnicode_InternFromString("on");
     if (!name_stream || !name_kind || !name_pool || !name_shared || !name_close || !name_pop ||
-        !name_record || !name_give_event || !name_launch_from)
+        !name_record || !name_give_event || !name_launch_from || !name_on)
         return -1;
     if (add(module, "FreeLists", &lists_spec, &lists_type) ||
         add(module, "StreamCore", &stream_spec, &stream_core) ||
@@ -1081,7 +1180,13 @@ static int exec_module(PyObject *module) {
     return 0;
 }
 
-static PyModuleDef_Slot slots[] = {{Py_mod_exec, exec_module}, {0, NULL}};
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, exec_module},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "drivetrain.hal._hot", "The hot part of the core's objects.", 0,

@@ -10,6 +10,7 @@ GRAIN = 512
 BIN = 64
 
 _slow: dict[str, Callable[..., Any]] = {}
+_taking = threading.RLock()
 
 
 def bind(buffer: type, kind: object, alloc: Callable[..., Any], launch: Callable[..., Any]) -> None:
@@ -204,6 +205,16 @@ class BufferCore:
 
     def _last_user(self, stream: Any) -> None:
         pass
+
+    def _take(self) -> tuple[int, Any]:
+        """(address, resource), of which the buffer has none from here on; (0, None) when another
+        thread has taken them."""
+        with _taking:
+            ptr, self.ptr = self.ptr, 0
+            resource, self._resource = self._resource, None
+            root, self._root = self._root, None
+        del root  # outside of the lock: it may be the last that keeps something
+        return ptr, resource
 
     def __del__(self) -> None:
         if self.ptr and self._resource is not None:

@@ -99,7 +99,13 @@ static int exec_module(PyObject *module) {
     return bad_input ? 0 : -1;
 }
 
-static PyModuleDef_Slot slots[] = {{Py_mod_exec, exec_module}, {0, NULL}};
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, exec_module},
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
 
 static struct PyModuleDef definition = {
     PyModuleDef_HEAD_INIT, "drivetrain.hal._native", "Drivetrain's hot calls.", 0, methods, slots,

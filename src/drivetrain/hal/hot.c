@@ -1,5 +1,6 @@
 #include "hot.h"
 
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +21,9 @@ struct dt_lists {
 };
 
 static void lock(dt_lists *lists) {
-    while (atomic_flag_test_and_set_explicit(&lists->lock, memory_order_acquire)) {}
+    for (unsigned turn = 1; atomic_flag_test_and_set_explicit(&lists->lock, memory_order_acquire);
+         turn++)
+        if (turn % 64 == 0) sched_yield(); /* who holds it may not be running */
 }
 
 static void unlock(dt_lists *lists) { atomic_flag_clear_explicit(&lists->lock, memory_order_release); }

@@ -111,9 +111,7 @@ class Buffer(BufferCore):
         if stream is not None and ptr and self._resource is not None:
             _same_device(self._opened, stream, "close")
             self._note(stream)
-        self.ptr = 0
-        resource, self._resource = self._resource, None
-        self._root = None
+        ptr, resource = self._take()
         if not ptr or resource is None or self._opened.closed:
             return
         home = self._home
