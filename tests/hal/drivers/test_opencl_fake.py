@@ -422,6 +422,13 @@ def test_every_sort_of_memory_is_filled_copied_computed_with_and_given_back(
                 stream.synchronize(20)
                 assert bytes(view) == b"q" * 2048 + b"abcdefgh" * 256
                 view.release()
+                with device.alloc(1024, stream=stream, kind=kind) as second:
+                    second.copy_from(content, stream=stream)
+                    pinned.copy_from(second, stream=stream)
+                    out = bytearray(4096)
+                    pinned.copy_to(out, stream=stream)
+                    stream.synchronize(20)
+                    assert bytes(out) == content + b"q" * 1024 + b"abcdefgh" * 256
         with stream.capture() as graph:
             other.fill(b"\\2\\0\\0\\0", stream=stream)
             add(stream, 1, 32, other, 4)

@@ -157,8 +157,8 @@ class Memory:
     # -- copy and fill ---------------------------------------------------------------------------
 
     def copy(self, dst: int, src: int, nbytes: int, way: int, stream: int, host_free: bool) -> None:
-        way = Way(way)
         host_free = host_free and way in (Way.HOST_TO_DEVICE, Way.HOST_TO_HOST)
+        way = self._way(dst, src, Way(way))
         if host_free and nbytes <= _BOUNCED_BYTES:
             aside = ctypes.create_string_buffer(nbytes)
             ctypes.memmove(aside, src, nbytes)
@@ -200,6 +200,16 @@ class Memory:
         else:
             self._heap.fill(stream, ptr, pattern, nbytes)
         self._queues.queued()
+
+    def _way(self, dst: int, src: int, way: Way) -> Way:
+        """The way with pinned memory as what it is for commands here: the host's."""
+        if not self._pinned or not self._heap.maps_pinned:
+            return way
+        reads_host = way in (Way.HOST_TO_DEVICE, Way.HOST_TO_HOST) or self._is_pinned(src)
+        writes_host = way in (Way.DEVICE_TO_HOST, Way.HOST_TO_HOST) or self._is_pinned(dst)
+        if reads_host:
+            return Way.HOST_TO_HOST if writes_host else Way.HOST_TO_DEVICE
+        return Way.DEVICE_TO_HOST if writes_host else Way.DEVICE_TO_DEVICE
 
     def _is_pinned(self, ptr: int) -> bool:
         with self._lock:
