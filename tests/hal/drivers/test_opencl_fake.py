@@ -228,7 +228,8 @@ def test_a_damaged_memory_of_a_listing_is_not_believed(run: Run) -> None:
     run(LISTED)
     file = Path(os.environ["DRIVETRAIN_HOME"]) / "opencl-devices.json"
     kept = json.loads(file.read_text())
-    kept["found"][0]["index"] = "0"
+    [listing] = kept.values()
+    listing["found"][0]["index"] = "0"
     file.write_text(json.dumps(kept))
     assert run(LISTED)["devices"][0][0] == "opencl:0"
     file.write_text("{")

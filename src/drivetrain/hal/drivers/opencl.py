@@ -33,6 +33,7 @@ VENDOR = "khronos"
 GROUPS = frozenset({"compute", "managed", "pinned", "timing"})
 MEMORY_DOMAIN = "host"
 FILE = "opencl-devices.json"
+_MOST_KEPT = 8
 
 
 # --- discovery -----------------------------------------------------------------------------------
@@ -45,35 +46,45 @@ def absent() -> str:
 
 def known() -> tuple[DeviceInfo, ...] | None:
     """What the loader listed before, when nothing has changed since that a listing depends on."""
-    kept = config.read_json(config.state_folder() / FILE)
-    if kept.get("fingerprint") != loader.fingerprint() or not isinstance(kept.get("found"), list):
-        return None
+    kept = config.read_json(config.state_folder() / FILE).get(loader.fingerprint())
     try:
-        found = tuple(wire.info_from_json(value) for value in kept["found"])
-    except ValueError:
-        return None  # another version wrote it
+        found = tuple(wire.info_from_json(value) for value in kept["found"])  # type: ignore[index]
+    except (KeyError, TypeError, ValueError):
+        return None  # nothing was kept, or another version wrote it
     return tuple(replace(info, telemetry=_first_reading(info)) for info in found)
 
 
 def discover() -> tuple[DeviceInfo, ...]:
     """Every device of every platform. Loads the vendors' libraries, which may hang or crash."""
     before = loader.fingerprint()
-    api = load()
-    seen = platforms.devices(api)
+    seen = platforms.devices(load())
     found = tuple(_describe(index, each) for index, each in enumerate(seen))
-    kept: dict[str, Any] = {"fingerprint": before, "found": [wire.info_to_json(i) for i in found]}
-    try:
-        config.write_json(config.state_folder() / FILE, kept)
-    except OSError:
-        pass  # the next one asks the loader again
+    _keep(before, [wire.info_to_json(info) for info in found])
     return tuple(replace(info, telemetry=_first_reading(info)) for info in found)
 
 
+def _keep(fingerprint: str, found: list[dict[str, Any]]) -> None:
+    """A few listings are kept: workers see other devices than who starts them."""
+    path = config.state_folder() / FILE
+    kept = {fingerprint: {"at": time.time(), "found": found}}
+    others = config.read_json(path)
+    dated = [key for key, each in others.items() if isinstance(each, dict) and "at" in each]
+    for key in sorted(dated, key=lambda key: str(others[key]["at"]))[-_MOST_KEPT + 1 :]:
+        kept.setdefault(key, others[key])
+    try:
+        config.write_json(path, dict(kept))
+    except OSError:
+        pass  # the next one asks the loader again
+
+
 def _first_reading(info: DeviceInfo) -> Telemetry:
-    """What can be read in any process without a vendor's library."""
-    if info.memory_domain == MEMORY_DOMAIN:
-        return telemetry(info)
-    return Telemetry(memory_total_bytes=info.memory_bytes or None, at=time.time())
+    """What can be read at once, in any process, without a vendor's library."""
+    if info.memory_domain != MEMORY_DOMAIN:
+        return Telemetry(memory_total_bytes=info.memory_bytes or None, at=time.time())
+    now = host.memory()
+    return Telemetry(
+        memory_used_bytes=now.used_bytes, memory_total_bytes=now.total_bytes, at=time.time()
+    )
 
 
 def _describe(index: int, each: platforms.Found) -> DeviceInfo:
@@ -122,12 +133,7 @@ def telemetry(info: DeviceInfo) -> Telemetry:
         return nvml.telemetry(info.uuid)
     if info.by_name_only and hasattr(os, "sched_getaffinity"):
         return host.telemetry(sorted(os.sched_getaffinity(0)))
-    if info.memory_domain == MEMORY_DOMAIN:
-        now = host.memory()
-        return Telemetry(
-            memory_used_bytes=now.used_bytes, memory_total_bytes=now.total_bytes, at=time.time()
-        )
-    return Telemetry(memory_total_bytes=info.memory_bytes or None, at=time.time())
+    return _first_reading(info)
 
 
 # --- isolation -----------------------------------------------------------------------------------
