@@ -76,8 +76,16 @@ __attribute__((visibility("default"))) int dt_cpu_blas_gemm(const dt_cpu_range *
     return 0;
 }
 
+static PyModuleDef_Slot slots[] = {
+#ifdef Py_mod_gil
+    {Py_mod_gil, Py_MOD_GIL_NOT_USED},
+#endif
+    {0, NULL},
+};
+
 static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT,
+    .m_slots = slots,
     .m_name = "drivetrain.hal._blas",
     .m_doc = "The kernel behind drivetrain.hal.blas.cblas; its file is what counts.",
     .m_size = 0,

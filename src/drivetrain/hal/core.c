@@ -34,8 +34,10 @@
 #define VECTOR 0
 #endif
 
-/* One source, several machine codes: the loader picks by CPU. Needs ifunc, hence glibc. */
-#if VECTOR && defined(__x86_64__) && defined(__gnu_linux__) && defined(__GLIBC__)
+/* One source, several machine codes: the loader picks by CPU. Needs ifunc, hence glibc, and happens
+ * before gcc's thread sanitizer is ready. */
+#if VECTOR && defined(__x86_64__) && defined(__gnu_linux__) && defined(__GLIBC__) &&                \
+    !defined(__SANITIZE_THREAD__)
 #define FOR_EACH_CPU __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
 #define FOR_EACH_CPU
