@@ -406,6 +406,7 @@ static cl_int CL_API_CALL event_info(cl_event e, cl_event_info what, size_t room
 
 static cl_int CL_API_CALL profiling_info(cl_event e, cl_profiling_info what, size_t room, void *out,
                                          size_t *told) {
+    FAULT("clGetEventProfilingInfo");
     if (!e->queue->profiling || e->status != CL_COMPLETE) return CL_PROFILING_INFO_NOT_AVAILABLE;
     if (what != CL_PROFILING_COMMAND_END) return CL_INVALID_VALUE;
     VALUE(cl_ulong, e->at);

@@ -604,12 +604,31 @@ def test_priorities_are_hints_where_the_device_takes_them(run: Run) -> None:
     script = """
         device = hal.device("opencl:0")
         streams = [device.stream(priority=p) for p in (-5, 0, 7)]
-        tell(found=[fake.fake_cl_priority(n) for n in range(3)])
+        tell(found=[fake.fake_cl_priority(n) for n in range(1, 4)])  # the first tells the time
         """
     hints = "cl_khr_priority_hints"
     assert run(script, FAKE_CL_EXTENSIONS=hints)["found"] == [1, 2, 4]
     assert run(script)["found"] == [0, 0, 0]
     assert run(script, FAKE_CL_EXTENSIONS=hints, FAKE_CL_VERSION=120)["found"] == [0, 0, 0]
+
+
+def test_times_are_declared_only_where_an_event_knows_one(run: Run) -> None:
+    script = """
+        from drivetrain.hal.opened import opened as open_of
+        device, stream = opened()
+        first, last = stream.record(), stream.record()
+        last.synchronize(20)
+        timed = "timing" in open_of(device).backend.groups
+        if timed:
+            assert 0 <= last.seconds_since(first) < 20
+        else:
+            refused(lambda: last.seconds_since(first), Unsupported)
+        tell(timed=timed)
+        """
+    assert run(script)["timed"]
+    fault = "clGetEventProfilingInfo:0:-7"
+    assert not run(script, FAKE_CL_FAULT=fault)["timed"]
+    assert not run(script, DRIVETRAIN_OPENCL_PROFILING=0)["timed"]
 
 
 def test_two_devices_wait_for_each_other_and_copy_through_the_host(run: Run) -> None:

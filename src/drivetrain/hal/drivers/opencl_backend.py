@@ -49,6 +49,8 @@ class OpenclBackend:
         try:
             self._describe(context, found)
             self._queues = queues = Queues(context, timing="timing" in self.groups)
+            if "timing" in self.groups and not queues.tells_time():
+                self.groups -= {"timing"}
             self._memory = memory = Memory(
                 context, queues, self._heap, shares_host=bool(info.memory_domain)
             )

@@ -40,6 +40,7 @@ _WORDS = {
 _LAUNCH = "clEnqueueNDRangeKernel"
 _SPIN_S = 100e-6
 _LONGEST_SLEEP_S = 1e-3
+_TIMED_WAIT_S = 2.0
 _IDLE_S = 0.02
 """How long `Queues.done` waits for a marker of its own: a queue without work comes to it at once,
 or nearly so."""
@@ -297,6 +298,20 @@ class Queues:
                 with self._lock:
                     self._left.append(event)
         return not self._left
+
+    def tells_time(self) -> bool:
+        """Whether an event knows when it was reached: found out by asking one. Queues that are made
+        from then on keep times only if it does."""
+        event, queue = self.event(), self.new(0)
+        try:
+            self.event_record(event, queue)
+            self._timing = self.event_wait(event, _TIMED_WAIT_S) and self.end_ns(event) > 0
+        except Unsupported:
+            self._timing = False
+        finally:
+            self.event_free(event)
+            self.free(queue)
+        return self._timing
 
     def queued(self) -> None:
         """Something was queued, on any queue."""

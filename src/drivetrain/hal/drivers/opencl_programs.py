@@ -47,6 +47,8 @@ class Function:
     arguments: int
     local: bool
     """Whether the last argument is dynamic local memory."""
+    facts: FunctionFacts
+    """As they were before any local memory was asked for, which OpenCL counts too."""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -223,12 +225,13 @@ class Programs:
             if known is not None:
                 return known
             handle, twin = (self._kernel(module, symbol) for _ in range(2))
+            facts = self._facts(handle)
             count = self._number(handle, Cl.KERNEL_NUM_ARGS)
             local = count > 0 and self._is_local(handle, count - 1)
             if local:
                 self._context.call(self._api.clSetKernelArg, handle, count - 1, _LOCAL_BYTES, None)
             self._modules[module][symbol] = handle
-            self._functions[handle] = Function(handle, twin, count, local)
+            self._functions[handle] = Function(handle, twin, count, local, facts)
             return handle
 
     def _kernel(self, module: int, symbol: str) -> int:
@@ -288,15 +291,18 @@ class Programs:
                     )
 
     def facts(self, function: int) -> FunctionFacts:
+        return self._functions[function].facts
+
+    def _facts(self, kernel: int) -> FunctionFacts:
         api, device = self._api, self._context.device
 
-        def ask(kernel: int, number: int, *rest: object) -> int:
-            return int(api.clGetKernelWorkGroupInfo(kernel, device, number, *rest))
+        def ask(handle: int, number: int, *rest: object) -> int:
+            return int(api.clGetKernelWorkGroupInfo(handle, device, number, *rest))
 
         return FunctionFacts(
-            threads=number_of(answer(ask, function, Cl.KERNEL_WORK_GROUP_SIZE)),
-            shared_bytes=number_of(answer(ask, function, Cl.KERNEL_LOCAL_MEM_SIZE)),
-            local_bytes=number_of(answer(ask, function, Cl.KERNEL_PRIVATE_MEM_SIZE)),
+            threads=number_of(answer(ask, kernel, Cl.KERNEL_WORK_GROUP_SIZE)),
+            shared_bytes=number_of(answer(ask, kernel, Cl.KERNEL_LOCAL_MEM_SIZE)),
+            local_bytes=number_of(answer(ask, kernel, Cl.KERNEL_PRIVATE_MEM_SIZE)),
         )
 
     def launch(
