@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from drivetrain.hal.language.cpp import CppPrinter, needs_thread
 from drivetrain.hal.language.cpp_lanes import Guard, Lanes, unsteady
+from drivetrain.hal.language.cpp_together import Together, together
 from drivetrain.hal.language.fission import Agreement, Once, Plan, Region, Repeat, Way
 from drivetrain.hal.language.printer import Lines
 from drivetrain.hal.language.tree import (
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 __all__ = ["entry", "print_split"]
 
 MOST_THREADS = 1024
+STRIP = 32
+"""Lanes of a strip: four vectors of the usual width."""
 MOST_ON_STACK = 256 << 10
 """Bytes of variables with an element for each thread that lie on the stack; others are malloc's."""
 
@@ -109,6 +112,14 @@ def _by_value_or_reference(
     return printer.declared(kind, name, line, restrict=restrict)
 
 
+class Strip:
+    """Lanes that go around loops together, while they are printed."""
+
+    def __init__(self, lanes: Lanes, together: Together) -> None:
+        self.lanes, self.together = lanes, together
+        self.expanded = set(together.plan.expanded)
+
+
 class SplitPrinter(CppPrinter):
     def __init__(self, unit: Unit, plan: Plan) -> None:
         super().__init__(unit)
@@ -120,6 +131,8 @@ class SplitPrinter(CppPrinter):
         self.lane = ""
         """What stands for the lane before its loop."""
         self.bases: dict[tuple[str, str, int], str] = {}
+        self.inner_bases: dict[tuple[str, str, int], str] = {}
+        self.strip: Strip | None = None
         self.shadows: dict[Var, str] = {}
         """64-bit names of variables of the thread."""
         self.unsteady = set[Var]()
@@ -178,9 +191,18 @@ class SplitPrinter(CppPrinter):
             init = self.lanes.linear[e.var].init
             assert init is not None
             return self.expr(init)
-        if e.var in self.expanded:
-            return f"{self.all_name(e.var)}[{'dt_t' if self.in_thread else '0'}]"
-        return super().reference(e)
+        return self.element(e.var) or super().reference(e)
+
+    def element(self, var: Var) -> str:
+        """A variable that has an element for each thread, or for each lane of a strip."""
+        if var in self.expanded:
+            return f"{self.all_name(var)}[{'dt_t' if self.in_thread else '0'}]"
+        if self.strip is not None and var in self.strip.expanded:
+            return f"{self.lane_name(var)}[{'dt_l' if self.in_thread else '0'}]"
+        return ""
+
+    def lane_name(self, var: Var) -> str:
+        return f"{self.name(var)}_lane"
 
     def index3(self, e: Index3) -> str:
         if e.name == "threadIdx":
@@ -290,6 +312,9 @@ class SplitPrinter(CppPrinter):
         body = [stmt for stmt in region.body if not self.empty(stmt)]
         if not body:
             return
+        if self.strip is not None:
+            self.region_of_strip(region, body)
+            return
         lanes = Lanes(self.is_fixed, self.unsteady, self.expanded)
         lanes.read(region.again, body)
         out = self.out
@@ -302,37 +327,112 @@ class SplitPrinter(CppPrinter):
             super().decl(decl)
         if lanes.tests:
             out.add(f"if ({' && '.join(map(self.expr, lanes.tests))})", lanes.tests[0].line)
-        self.row_of_lanes(lanes)
+        self.row(lanes)
         self.lanes = None
         out.depth -= 1
         out.add("}")
 
-    def row_of_lanes(self, lanes: Lanes) -> None:
-        """The loop along ``threadIdx.x``, in pieces where no index wraps."""
+    def row(self, lanes: Lanes) -> None:
+        """The lanes along ``threadIdx.x``, in pieces where no index wraps."""
         out = self.out
         self.bases, self.shadows = {}, {}
+        bounds = [self.bound(guard) for guard in lanes.guards]
+        strip = together(lanes, self.expanded, self.plan.block)
+        self.out = Lines()
+        self.out.depth = out.depth + 1
+        if strip is None:
+            self.each_lane(lanes)
+        else:
+            self.strips(Strip(lanes, strip))
+        inner, self.out = self.out, out
+        out.add("for (int dt_lo = 0, dt_hi = (int)dt_nx; dt_lo < (int)dt_nx; dt_lo = dt_hi) {")
+        out.depth += 1
+        out.add("dt_hi = (int)dt_nx;")
+        self.piece(self.bases, bounds)
+        out.rows += inner.rows
+        out.depth -= 1
+        out.add("}")
+
+    def piece(self, bases: dict[tuple[str, str, int], str], bounds: list[str]) -> None:
+        for (text, kind, step), name in bases.items():
+            self.out.add(f"const long {name} = dt_linear<{kind}>({text}, {step}, dt_lo, dt_hi);")
+        self.out.add("int dt_from = dt_lo, dt_to = dt_hi;")
+        for text in bounds:
+            self.out.add(text)
+
+    def each_lane(self, lanes: Lanes) -> None:
+        out = self.out
+        out.add("for (int dt_l = dt_from; dt_l < dt_to; dt_l++) {")
+        out.depth += 1
+        out.add("const long dt_i = dt_l, dt_t = dt_row + dt_i;")
+        out.add("const uint dt_x = (uint)dt_l;")
+        self.thread(lanes.body)
+        out.depth -= 1
+        out.add("}")
+
+    # -- all lanes go around a loop together
+
+    def strips(self, strip: Strip) -> None:
+        """Strips of so many lanes that what they keep stays in registers."""
+        out, lanes = self.out, self.lanes
+        self.strip = strip
+        out.add("const auto dt_strip = [&](const int dt_s, const int dt_m) DT_ALWAYS -> int {")
+        out.depth += 1
+        for var in strip.together.plan.expanded:
+            made = self.declared(Array(var.type, STRIP), self.lane_name(var), var.line)
+            out.add(f"alignas(64) {made};", var.line)
+        for item in strip.together.plan.items:
+            self.item(item)
+        out.add("return 0;")
+        out.depth -= 1
+        out.add("};")
+        if strip.together.plan.expanded:
+            out.add(f"for (; dt_to - dt_from >= {STRIP}; dt_from += {STRIP})")
+            out.add(f"  dt_strip(dt_from, {STRIP});")
+            out.add(f"if (dt_to - dt_from == {STRIP // 2}) dt_strip(dt_from, {STRIP // 2});")
+            out.add("else if (dt_from < dt_to) dt_strip(dt_from, dt_to - dt_from);")
+        else:
+            out.add("if (dt_from < dt_to) dt_strip(dt_from, dt_to - dt_from);")
+        self.strip, self.lanes = None, lanes
+
+    def region_of_strip(self, region: Region, body: list[Stmt]) -> None:
+        strip, out = self.strip, self.out
+        assert strip is not None
+        lanes = Lanes(
+            self.is_fixed, strip.together.unsteady, self.expanded | strip.expanded,
+            dict(strip.lanes.row), dict(strip.lanes.linear),
+        )  # fmt: skip
+        lanes.read(region.again, body)
+        self.lanes, self.shadows, self.inner_bases = lanes, {}, {}
+        out.add("{")
+        out.depth += 1
+        for var, decl in lanes.row.items():
+            if var not in strip.lanes.row:
+                super().decl(decl)
+        if lanes.tests:
+            out.add(f"if ({' && '.join(map(self.expr, lanes.tests))})", lanes.tests[0].line)
         bounds = [self.bound(guard) for guard in lanes.guards]
         self.out = Lines()
         self.out.depth = out.depth + 2
         self.thread(lanes.body)
         inner, self.out = self.out, out
-        out.add("for (int dt_lo = 0, dt_hi = (int)dt_nx; dt_lo < (int)dt_nx; dt_lo = dt_hi) {")
+        if self.inner_bases or bounds:
+            out.add("for (int dt_lo = dt_s, dt_hi; dt_lo < dt_s + dt_m; dt_lo = dt_hi) {")
+            out.depth += 1
+            out.add("dt_hi = dt_s + dt_m;")
+            self.piece(self.inner_bases, bounds)
+            out.add("for (int dt_l = dt_from - dt_s; dt_l < dt_to - dt_s; dt_l++) {")
+        else:
+            out.add("{")
+            out.depth += 1
+            out.add("for (int dt_l = 0; dt_l < dt_m; dt_l++) {")
         out.depth += 1
-        out.add("dt_hi = (int)dt_nx;")
-        for (text, kind, step), name in self.bases.items():
-            out.add(f"const long {name} = dt_linear<{kind}>({text}, {step}, dt_lo, dt_hi);")
-        out.add("int dt_from = dt_lo, dt_to = dt_hi;")
-        for text in bounds:
-            out.add(text)
-        out.add("for (int dt_i = dt_from; dt_i < dt_to; dt_i++) {")
-        out.depth += 1
-        out.add("const uint dt_x = (uint)dt_i;")
-        out.add("const long dt_t = dt_row + dt_i;")
+        out.add("const long dt_i = (long)dt_s + dt_l, dt_t = dt_row + dt_i;")
+        out.add("const uint dt_x = (uint)dt_s + (uint)dt_l;")
         out.rows += inner.rows
-        out.depth -= 1
-        out.add("}")
-        out.depth -= 1
-        out.add("}")
+        for _ in range(3):
+            out.depth -= 1
+            out.add("}")
 
     def bound(self, guard: Guard) -> str:
         """The statement that leaves out the lanes for which a guard does not hold."""
@@ -358,9 +458,9 @@ class SplitPrinter(CppPrinter):
         step = self.lanes.step(e)
         assert step
         key = (self.at_start(e), self.spelled(e.type, e.line), step)
-        if key not in self.bases:
-            self.bases[key] = f"dt_w{len(self.bases)}"
-        return self.bases[key], step
+        if self.strip is None or self.strip.lanes.step(e):
+            return self.bases.setdefault(key, f"dt_w{len(self.bases)}"), step
+        return self.inner_bases.setdefault(key, f"dt_u{len(self.inner_bases)}"), step
 
     def at_start(self, e: Expr) -> str:
         """The value at the first lane of the piece, from what is known before its loop."""
@@ -373,6 +473,7 @@ class SplitPrinter(CppPrinter):
         return (
             var.role == "param"
             or var in self.plan.block
+            or (self.strip is not None and var in self.strip.together.plan.block)
             or (var.role == "const" and is_scalar(var.type))
         )
 
@@ -425,7 +526,7 @@ class SplitPrinter(CppPrinter):
         if not isinstance(stmt, Decl):
             return False
         return stmt.var.role in ("shared", "dynamic") or (
-            stmt.var in self.expanded and stmt.init is None
+            bool(self.element(stmt.var)) and stmt.init is None
         )
 
     # -- statements of a thread
@@ -448,13 +549,13 @@ class SplitPrinter(CppPrinter):
     def decl(self, s: Decl) -> None:
         if s.var.role in ("shared", "dynamic"):
             return
-        if s.var not in self.expanded:
+        place = self.element(s.var)
+        if not place:
             super().decl(s)
             self.shadow(s)
             return
         if s.init is None:
             return
-        place = f"{self.all_name(s.var)}[dt_t]"
         if isinstance(s.init, Construct) and isinstance(s.var.type, Array):
             made = self.declared(s.var.type, "dt_value", s.line)
             self.out.add(
@@ -467,7 +568,8 @@ class SplitPrinter(CppPrinter):
 
     def shadow(self, s: Decl) -> None:
         """A variable that indices are made of has a 64-bit name too."""
-        if not self.in_thread or s.init is None or s.var.type != I32 or s.var in self.unsteady:
+        changed = self.unsteady if self.strip is None else self.strip.together.unsteady
+        if not self.in_thread or s.init is None or s.var.type != I32 or s.var in changed:
             return
         assert self.lanes is not None
         if s.var in self.lanes.linear:

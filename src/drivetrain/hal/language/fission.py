@@ -15,7 +15,7 @@ Multi-core CPUs*, LCPC 2008), which calls the splitting "deep fission".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -55,7 +55,10 @@ from drivetrain.hal.language.tree import (
 from drivetrain.hal.language.types import Pointer, is_scalar
 from drivetrain.hal.language.uniform import UNIFORM, UNKNOWN, Uniformity, uniformity
 
-__all__ = ["Agreement", "NotSplittable", "Once", "Plan", "Region", "Repeat", "Way", "split"]
+__all__ = [
+    "Agreement", "NotSplittable", "Once", "Plan", "Planner", "Region", "Repeat", "Way",
+    "split",
+]  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -128,7 +131,7 @@ def split(kernel: Function) -> Plan:
     facts = uniformity(replace(kernel, body=body), agreed=True)
     if any(wait.control.level != UNIFORM for wait in facts.waits):
         raise NotSplittable
-    return _Planner(body, facts).plan()
+    return Planner(body, facts).plan()
 
 
 def _own_params(kernel: Function, facts: Uniformity) -> Block:
@@ -179,9 +182,22 @@ def _written(node: Any) -> Iterator[Var]:
                 yield var
 
 
-class _Planner:
-    def __init__(self, body: Block, facts: Uniformity) -> None:
-        self.body, self.facts = body, facts
+class Planner:
+    """Makes the plan of a body.
+
+    ``together`` are loops without waits that all threads go around together, for the sake of
+    vectors; ``known`` are variables from outside that are the same for all. With either, the
+    threads are one row of lanes: ``threadIdx.y`` is the same for all of them.
+    """
+
+    def __init__(
+        self,
+        body: Block,
+        facts: Uniformity,
+        together: frozenset[Stmt] = frozenset(),
+        known: Set[Var] = frozenset(),
+    ) -> None:
+        self.body, self.facts, self.together, self.known = body, facts, together, known
         self.pointed: set[Var] = set()
         for node in walk(body):
             if isinstance(node, AddressOf):
@@ -204,11 +220,12 @@ class _Planner:
         """It holds a place to wait, or leaves for all threads at once."""
         if any(isinstance(node, Sync) for node in walk(stmt)):
             return True
-        if isinstance(stmt, Return | Break | Continue):
+        if isinstance(stmt, Return | Break | Continue) or stmt in self.together:
             return True
         if isinstance(stmt, Block):
             return any(self.structured(inner) for inner in stmt.body)
-        if isinstance(stmt, If) and self.facts.of(stmt.test) <= UNKNOWN:
+        most = UNIFORM if self.together else UNKNOWN
+        if isinstance(stmt, If) and self.facts.of(stmt.test) <= most:
             branches = [stmt.yes, stmt.no] if stmt.no is not None else [stmt.yes]
             return any(_leaves(b) for b in branches) and all(self._all_leave(b) for b in branches)
         return False
@@ -290,14 +307,15 @@ class _Planner:
             found -= drop
 
     def _known_to_block(self, expr: Any, found: set[Var]) -> bool:
+        known = found | self.known
         for node in walk(expr):
             if isinstance(node, Call | Deref | AddressOf):
                 return False
             if isinstance(node, Intrinsic) and node.name.startswith(("atomic", "read_", "fence")):
                 return False
-            if isinstance(node, Index3) and node.name == "threadIdx":
+            if isinstance(node, Index3) and node.name == "threadIdx" and not self._of_row(node):
                 return False
-            if isinstance(node, Ref) and node.var.role == "local" and node.var not in found:
+            if isinstance(node, Ref) and node.var.role == "local" and node.var not in known:
                 return False
             if isinstance(node, Ref) and node.var.role == "exchange":
                 return False
@@ -306,6 +324,9 @@ class _Planner:
                 if var is None or var.role != "const":
                     return False
         return True
+
+    def _of_row(self, index: Index3) -> bool:
+        return bool(self.together) and index.axis != "x"
 
     # -- the plan
 
@@ -400,6 +421,8 @@ class _Planner:
             self.regions.append(some)
             return some
         if self.facts.of(expr) == UNKNOWN and not has_effects(expr):
+            if self.together:
+                raise NotSplittable
             agreement = Agreement(expr)
             self.regions.append(agreement)
             return agreement
@@ -472,10 +495,14 @@ class _Planner:
             if isinstance(node, Intrinsic) and not node.name.startswith(("min_", "max_")):
                 return False
             if isinstance(node, Ref):
-                fixed = node.var.role == "param" or (
-                    node.var in self.block_vars
-                    and not self.stores.get(node.var, 0)
-                    and self._at_top(node.var)
+                fixed = (
+                    node.var.role == "param"
+                    or node.var in self.known
+                    or (
+                        node.var in self.block_vars
+                        and not self.stores.get(node.var, 0)
+                        and self._at_top(node.var)
+                    )
                 )
                 if not fixed and node.var not in again:
                     return False

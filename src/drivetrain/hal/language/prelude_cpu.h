@@ -11,6 +11,7 @@ typedef unsigned short ushort;
 typedef unsigned int uint;
 typedef unsigned long ulong;
 #define DT_INLINE static inline __attribute__((always_inline))
+#define DT_ALWAYS __attribute__((always_inline))
 #define DT_NOINLINE __attribute__((noinline))
 #define DT_EXPORT extern "C" __attribute__((visibility("default")))
 static_assert(sizeof(long) == 8 && sizeof(void *) == 8, "a 64-bit system whose long has 64 bits");

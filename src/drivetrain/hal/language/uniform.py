@@ -46,10 +46,13 @@ from drivetrain.hal.language.tree import (
     root_var,
     walk,
 )
+from drivetrain.hal.language.types import VOID
 
 __all__ = [
     "DIVERGENT", "UNIFORM", "UNKNOWN", "Control", "Uniformity", "Wait", "refuse_divergent",
     "uniformity",
+    "uniformity_of_row",
+    "with_waits",
 ]  # fmt: skip
 
 UNIFORM, UNKNOWN, DIVERGENT = 0, 1, 2
@@ -85,6 +88,8 @@ class Uniformity:
     levels: dict[Var, int] = field(default_factory=dict)
     waits: list[Wait] = field(default_factory=list)
     loops: dict[Stmt, Control] = field(default_factory=dict)
+    row: bool = False
+    """The threads are one row along ``threadIdx.x``."""
 
     def of(self, expr: Expr) -> int:
         """The level of a value."""
@@ -95,7 +100,9 @@ class Uniformity:
                 return UNKNOWN
             return self.levels.get(expr.var, UNIFORM)
         if isinstance(expr, Index3):
-            return DIVERGENT if expr.name == "threadIdx" else UNIFORM
+            if expr.name != "threadIdx" or (self.row and expr.axis != "x"):
+                return UNIFORM
+            return DIVERGENT
         if isinstance(expr, AddressOf | Decay):
             inner = expr.operand if isinstance(expr, AddressOf) else expr.of
             return self._address(inner)
@@ -182,8 +189,9 @@ class _Exits:
 
 
 class _Walk:
-    def __init__(self, function: Function, agreed: bool) -> None:
-        self.facts = Uniformity()
+    def __init__(self, function: Function, agreed: bool, levels: dict[Var, int] | None) -> None:
+        self.facts = Uniformity(row=levels is not None)
+        self.facts.levels.update(levels or {})
         self.agreed = agreed
         self.changed = True
         assert function.body is not None
@@ -299,7 +307,13 @@ def uniformity(function: Function, *, agreed: bool = False) -> Uniformity:
     ``agreed``: UNKNOWN conditions count as the same for all threads, since the target checks at
     run time that they are.
     """
-    return _Walk(function, agreed).facts
+    return _Walk(function, agreed, None).facts
+
+
+def uniformity_of_row(body: Block, levels: dict[Var, int]) -> Uniformity:
+    """Levels within one row of threads; ``levels`` are known of variables from outside."""
+    function = Function("", body.line, [], VOID, body)
+    return _Walk(function, False, levels).facts
 
 
 def refuse_divergent(facts: Uniformity) -> None:
