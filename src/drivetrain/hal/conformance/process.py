@@ -18,7 +18,7 @@ from drivetrain.hal.conformance.report import FAILED, Result
 from drivetrain.hal.isolated import python_path
 
 _START_S = 60.0
-_CLOSE_S = 20.0
+_CLOSE_S = 10.0
 _REAP_S = 2.0
 _LARGEST_COMPLAINT = 16_000
 _MOST_FRAMES = 4

@@ -78,7 +78,7 @@ def closed_twice(device: Device) -> None:
     close_all()
 
 
-@check(limit_s=20.0)
+@check(limit_s=10.0)
 def closes(device: Device) -> None:
     """Closing a device whose streams have work queued comes to its end."""
     streams = [device.stream() for _ in range(3)]
