@@ -154,16 +154,18 @@ class Cache:
             file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
         except OSError:
             return None
-        with open(file, "rb") as stream:
-            facts = os.fstat(file)
-            whole = stat.S_ISREG(facts.st_mode) and facts.st_uid == os.geteuid()
-            try:
-                found = _unpacked(key, stream.read()) if whole else None
-                if found is not None:
-                    os.utime(file)
-                    return found
-            except OSError:
-                pass
+        facts = os.fstat(file)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_uid != os.geteuid():
+            os.close(file)
+        else:
+            with open(file, "rb") as stream:
+                try:
+                    found = _unpacked(key, stream.read())
+                    if found is not None:
+                        os.utime(file)
+                        return found
+                except OSError:
+                    pass
         try:
             os.unlink(name, dir_fd=folder)
         except OSError:

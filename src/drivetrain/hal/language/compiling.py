@@ -13,7 +13,8 @@ from drivetrain import __version__
 from drivetrain.errors import BadInput
 from drivetrain.hal.driver import Target
 from drivetrain.hal.language.cache import cache
-from drivetrain.hal.language.facts import Compiled
+from drivetrain.hal.language.compilers.rtc_kernels import entry_sizes
+from drivetrain.hal.language.facts import Compiled, KernelFacts
 from drivetrain.hal.language.options import Options, read_options
 from drivetrain.hal.language.source import Source
 
@@ -53,7 +54,7 @@ def compile(source: Source, target: Target, *, options: Sequence[str] = ()) -> C
         raise BadInput(f"{source.name}: {misfit}")
     read = read_options(options, source.defines)
     if source.language == "binary":
-        return Compiled(source.form, source.data, dict(source.kernels))
+        return Compiled(source.form, source.data, _told(source))
     name = _COMPILERS[source.language, target.kind]
     compiler = import_module(f"drivetrain.hal.language.compilers.{name}")
     identity = cast(Identity, compiler.identity)(source, target)
@@ -63,6 +64,26 @@ def compile(source: Source, target: Target, *, options: Sequence[str] = ()) -> C
         found = cast(Build, compiler.build)(source, target, read)
         cache().put(key, found)
     return found
+
+
+def _told(source: Source) -> dict[str, KernelFacts]:
+    """The kernels of a binary. PTX tells its own, which must be as the caller says."""
+    told = dict(source.kernels)
+    sizes = entry_sizes(source.data.decode()) if source.form == "ptx" else {}
+    if not sizes:
+        return told
+    for name, facts in told.items():
+        if name not in sizes:
+            raise BadInput(
+                f"{source.name}: there is no kernel {name!r}; there are {', '.join(sizes)}"
+            )
+        given = [param.nbytes for param in facts.params or ()]
+        if given != sizes[name]:
+            raise BadInput(
+                f"{source.name}: {name} takes arguments of {sizes[name]} bytes, and types of "
+                f"{given} bytes were given"
+            )
+    return {name: told.get(name, KernelFacts(name, None)) for name in sizes}
 
 
 def _key(source: Source, target: Target, options: Options, identity: str) -> str:

@@ -7,6 +7,7 @@ the limit is over and goes on.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,10 @@ LARGEST_SPEECH = 1 << 20
 """Bytes that are read of what it prints."""
 MOST_MEMORY = 16 << 30
 """Bytes of address space; compilers that reserve more than they use get more."""
+
+_MARK = "DRIVETRAIN_COMPILE_MARK"
+_MOST_ROUNDS = 1000
+"""Of looking for what is left: a fork bomb makes new ones meanwhile."""
 
 # The shell sets limits and becomes the compiler; its text is fixed, all else are arguments.
 _LIMITED = (
@@ -112,6 +117,7 @@ def run(
     be started.
     """
     limit = limit_s() if limit is None else limit
+    mark = f"{_MARK}={secrets.token_hex(16)}"
     limited = ["/bin/sh", "-c", _LIMITED, "sh", str(LARGEST_FILE // 512), str(memory // 1024)]
     out, err = folder / "said.out", folder / "said.err"
     deadline = time.monotonic() + limit
@@ -120,7 +126,11 @@ def run(
             process = subprocess.Popen(
                 [*limited, *command],
                 cwd=folder,
-                env={**os.environ, "TMPDIR": str(folder), "LC_ALL": "C", **environment},
+                env={
+                    **os.environ,
+                    **{"TMPDIR": str(folder), "LC_ALL": "C", _MARK: mark.partition("=")[2]},
+                    **environment,
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=out_file,
                 stderr=err_file,
@@ -141,6 +151,7 @@ def run(
             except (ProcessLookupError, PermissionError):
                 pass
             process.wait()
+            _end_strays(mark.encode())
     finally:
         said, complained = _tail(out), _tail(err)
     return Ended(status, said, complained, limit)
@@ -158,6 +169,39 @@ def _waited(process: subprocess.Popen[bytes], deadline: float) -> int | None:
             return None
         time.sleep(min(pause, left))
         pause = min(pause * 1.5, 0.05)
+
+
+def _end_strays(mark: bytes) -> None:
+    """End what left the compiler's group and runs on: it still has the mark in its environment."""
+    for _ in range(_MOST_ROUNDS):
+        found = [pid for pid in _processes() if _ended(pid, mark)]
+        if not found:
+            return
+
+
+def _processes() -> list[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+    except OSError:
+        return []  # another system than Linux
+
+
+def _ended(pid: int, mark: bytes) -> bool:
+    """Whether a process was one of the compiler's, and was sent away."""
+    try:
+        handle = os.pidfd_open(pid)  # from here on the number cannot come to mean another
+    except (OSError, AttributeError):
+        return False
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            if mark not in file.read().split(b"\0"):
+                return False
+        signal.pidfd_send_signal(handle, signal.SIGKILL)
+    except OSError:
+        return False  # it ended, or is somebody else's
+    finally:
+        os.close(handle)
+    return True
 
 
 def _tail(path: Path) -> str:
