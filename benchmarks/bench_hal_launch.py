@@ -1,297 +1,341 @@
 """Launches, events, memory and graphs of each device, against the C loop and the peers.
 
-Start: before the call; end: after it (the work is queued, not done; queues are emptied between
-rounds). Floor: the same driver call from a C loop in this process. Peers: cuda.core, CuPy and torch
-on NVIDIA GPUs, pyopencl on OpenCL; those that are not installed are named.
+Start: before the call; end: its return (the work is queued, not done; queues are emptied between
+rounds). Where the device is the processor itself, the stream is kept busy meanwhile: its threads
+would else fall asleep between two calls, and waking them would be measured. Floor: the same driver
+call from a C loop in this process. Peers: cuda.core, CuPy and torch on NVIDIA GPUs, pyopencl on
+OpenCL, torch's and pyopencl's memory on the CPU; those that are not installed are named. All checks
+of bad input are on.
 
-    python -m benchmarks hal_launch [cpu opencl cuda]
+    python -m benchmarks hal_launch
+    python benchmarks/bench_hal_launch.py [--quick] [--json] [cpu opencl cuda]
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
-
-from benchmarks.common import Gate, Report
-from benchmarks.hal.common import calls, difference, floor, interleaved, ratio, show
+from benchmarks.hal import peers
+from benchmarks.hal.common import (
+    QUEUED,
+    QUICK,
+    Call,
+    HalReport,
+    Measure,
+    Statement,
+    Way,
+    calls,
+    difference,
+    interleaved,
+    ratio,
+    words,
+)
+from benchmarks.hal.native import Step, floor
+from benchmarks.hal.peers import Ways
 from drivetrain import hal
 from drivetrain.errors import DrivetrainError
 
-SOURCE = """
-extern "C" __global__ void add(float* x, const float* y, int n) {
-    int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < n) x[i] += y[i];
-}
-"""
-LAUNCHES = 1000
+LAUNCHES = 100 if QUICK else 1000
 PLAN_US, CALL_US = 0.20, 0.35
 ALLOC_BYTES = 1 << 20
 GRAPH_KERNELS = 100
+REPLAYS = 5 if QUICK else 20
+HOLD_S = 0.02 if QUICK else 0.08
+C_LOOP, C_GRAPH, C_RECORD = "C loop", "C graph launch", "C record"
 
 
-def _missing(name: str, error: Exception) -> None:
-    print(f"    ({name} is not here: {str(error).splitlines()[0]})")
+def _seconds(value: float) -> float:
+    if value < 0:
+        raise RuntimeError("the C loop's call failed")
+    return value
 
 
 class Bench:
     """One device with the kernel and two buffers."""
 
-    def __init__(self, device: hal.Device, report: Report) -> None:
+    def __init__(self, device: hal.Device, report: HalReport) -> None:
         self.device, self.report = device, report
         self.stream = device.stream()
         self.x = device.alloc(1024, stream=self.stream)
         self.y = device.alloc(1024, stream=self.stream)
         for buffer in (self.x, self.y):
             buffer.fill(b"\0\0\0\0", stream=self.stream)
-        self.kernel = device.compile(hal.Source.cuda(SOURCE)).kernel("add")
+        self.kernel = device.compile(hal.Source.cuda(peers.SOURCE)).kernel("add")
         self.plan = self.kernel.plan(self.stream, 1, 256, self.x, self.y, 256)
         self.stream.synchronize()
+        self.abi, self.launcher = self.stream._opened.calls[:2]
+        self.busy = device.driver == "cpu" or device.memory_domain == "host"
+        self.span = (
+            replace(QUEUED, start="before the call, the stream busy") if self.busy else QUEUED
+        )
+        self.spin = device.compile(hal.Source.cuda(peers.SPIN)).kernel("spin")
+        self.turns = self._turns() if self.busy else 0
 
-    def floor_launch(self) -> Callable[[], float] | None:
-        """The C loop over the driver's own launch; None where C cannot call it."""
-        opened = self.stream._opened
-        abi, launch = opened.calls[0], opened.calls[1]
-        name = {1: "cuda", 2: "plain", 3: "opencl"}.get(abi)
-        if name is None:
-            return None
-        function = getattr(floor(), f"floor_{name}_launch")
-        self.plan()  # sets what OpenCL keeps in the kernel
-        table = self.plan._launch.arguments
+    def _turns(self) -> int:
+        """How long the kernel that keeps the stream busy must turn."""
+        count = 1 << 20
+        for _ in range(2):
+            began = time.perf_counter()
+            self.spin(self.stream, 1, 1, self.x, count)
+            self.stream.synchronize()
+            took = time.perf_counter() - began
+        return int(count * HOLD_S / took)
+
+    def hold(self) -> None:
+        if self.busy:
+            self.spin(self.stream, 1, 1, self.x, self.turns)
+
+    def call(self, then: str = "") -> Statement:
+        names = {"kernel": self.kernel, "stream": self.stream, "x": self.x, "y": self.y}
+        return Statement(f"kernel(stream, 1, 256, x, y, 256){then}", **names)
+
+    def timed(self, way: Way, count: int = LAUNCHES) -> Measure:
+        """Calls in a row on a stream that is kept busy, where that matters."""
+        return calls(way, count, self.hold)
+
+    def in_c(self, function: Callable[..., float], *facts: object) -> Measure:
+        """The same of a C loop."""
 
         def measure() -> float:
-            seconds: float = function(
-                launch, self.kernel._function, 1, 256, self.stream.handle, table, LAUNCHES
-            )
-            if seconds < 0:
-                raise SystemExit("the C loop's launch failed")
-            return seconds
+            self.hold()
+            return _seconds(function(*facts))
 
         return measure
-
-    def launches(self, peers: dict[str, Callable[[], object]]) -> None:
-        """What plan() and kernel() cost above the C loop, and the peers."""
-        stream, kernel, x, y = self.stream, self.kernel, self.x, self.y
-        ways: dict[str, Callable[[], float]] = {}
-        base = self.floor_launch()
-        if base is not None:
-            ways["C loop"] = base
-        ways["plan()"] = calls(self.plan, LAUNCHES)
-        ways["kernel(...)"] = calls(lambda: kernel(stream, 1, 256, x, y, 256), LAUNCHES)
-        ways |= {name: calls(way, LAUNCHES) for name, way in peers.items()}
-        found = interleaved(ways, self.settle)
-        show(f"launch on {self.device.address} ({self.device.name})", found)
-        if base is None:
-            return
-        for name, limit in (("plan()", PLAN_US), ("kernel(...)", CALL_US)):
-            above, spread = difference(found, name, "C loop")
-            self.report.add(
-                Gate(
-                    f"{self.device.address} {name} above the C loop",
-                    above,
-                    limit,
-                    "us",
-                    spread=spread,
-                    room=limit,
-                )
-            )
 
     def settle(self) -> None:
         self.device.synchronize()
 
-    def memory(self, peers: dict[str, Callable[[], object]], gate: str) -> None:
+    def floor_launch(self) -> dict[str, Measure]:
+        """The C loop over the driver's own launch; empty where C cannot call it."""
+        name = {1: "cuda", 2: "plain", 3: "opencl"}.get(self.abi)
+        if name is None:
+            self.report.missing("the C loop", "C cannot call this driver's launch")
+            return {}
+        function = getattr(floor(), f"floor_{name}_launch")
+        self.plan()  # sets what OpenCL keeps in the kernel
+        table, handle = self.plan._launch.arguments, self.stream.handle
+        facts = (self.launcher, self.kernel._function, 1, 256, handle, table, LAUNCHES)
+        return {C_LOOP: self.in_c(function, *facts)}
+
+    def launches(self, others: Ways) -> None:
+        """What plan() and kernel() cost above the C loop, and the peers."""
+        ways = self.floor_launch()
+        ways |= {"plan()": self.timed(self.plan), "kernel(...)": self.timed(self.call())}
+        ways |= {name: calls(way, LAUNCHES) for name, way in others.items()}
+        found = interleaved(ways, self.settle)
+        span = replace(
+            self.span,
+            floor=C_LOOP if C_LOOP in ways else "none: C cannot call this driver",
+            peer=next(reversed(others), "none is installed"),
+        )
+        self.report.show(f"launch on {self.device.address} ({self.device.name})", found, span)
+        if C_LOOP not in ways:
+            return
+        for name, limit in (("plan()", PLAN_US), ("kernel(...)", CALL_US)):
+            above = difference(found, name, C_LOOP)
+            title = f"{self.device.address} {name} above the C loop"
+            self.report.gate(title, above, limit, "us", span, room=limit)
+
+    def opencl(self, others: Ways, hold: Call | None) -> None:
+        """A launch without and with an event, over pyopencl's, which always makes one."""
+        if not others:
+            return
+
+        ways = {
+            "kernel(...)": self.timed(self.call()),
+            "kernel(...) and record()": self.timed(self.call("; stream.record()")),
+            "plan()": self.timed(self.plan),
+            **self.floor_launch(),
+            **{name: calls(way, LAUNCHES, hold) for name, way in others.items()},
+        }
+        found = interleaved(ways, self.settle)
+        peer = "pyopencl kernel(...)"
+        span = replace(self.span, floor=C_LOOP, peer=peer)
+        self.report.show(f"OpenCL launch on {self.device.address}", found, span)
+        for name, what in (
+            ("kernel(...)", "without an event"),
+            ("kernel(...) and record()", "with an event"),
+        ):
+            title = f"{self.device.address} {name} / pyopencl, {what}"
+            self.report.gate(title, ratio(found, name, peer), 0.6, "x", span, room=0.4)
+
+    def memory(self, others: Ways, gate: str = "") -> None:
         """One allocation and its end, from the pool's free lists."""
-        device, stream = self.device, self.stream
-        ways = {"pool alloc + close": lambda: device.alloc(ALLOC_BYTES, stream=stream).close()}
-        found = interleaved(
-            {name: calls(way, 2000) for name, way in {**ways, **peers}.items()}, self.settle
-        )
-        show(f"1 MiB of memory on {device.address}", found)
-        if gate in found:
-            share, spread = ratio(found, "pool alloc + close", gate)
-            self.report.add(Gate(f"alloc + close / {gate}", share, 1.0, "x", spread, 0.0))
+        name, device, stream = "pool alloc + close", self.device, self.stream
 
-    def events(self, peers: dict[str, Callable[[], object]], gate: str) -> None:
-        found = interleaved(
-            {
-                name: calls(way, 1000)
-                for name, way in {"stream.record()": self.stream.record, **peers}.items()
-            },
-            self.settle,
-        )
-        show(f"events on {self.device.address}", found)
+        names = {"device": device, "stream": stream, "n": ALLOC_BYTES}
+        ours = Statement("device.alloc(n, stream=stream).close()", **names)
+        ways = {name: calls(ours, 2 * LAUNCHES)}
+        ways |= {other: calls(way, 2 * LAUNCHES) for other, way in others.items()}
+        found = interleaved(ways, self.settle)
+        peer = gate if gate in others else next(iter(others), "none is installed")
+        span = replace(QUEUED, end="its return, the memory free again", peer=peer)
+        span = replace(span, floor="none: no driver has free lists of its own to loop over")
+        self.report.show(f"1 MiB of memory on {device.address}", found, span)
         if gate in found:
-            share, spread = ratio(found, "stream.record()", gate)
-            self.report.add(Gate(f"record / {gate}", share, 0.25, "x", spread, 0.25))
+            title = f"{device.address} {name} / {gate}"
+            self.report.gate(title, ratio(found, name, gate), 1.0, "x", span)
+        elif gate:
+            self.report.missing(f"the gate on {name}", f"its peer, {gate}, is not here")
 
-    def graph(self, floor_way: Callable[[Any], Callable[[], object]] | None) -> None:
+    def events(self, others: Ways, gate: str = "", hold: Call | None = None) -> None:
+        ways = {"stream.record()": self.timed(self.stream.record)}
+        record = self.stream._opened.calls[4]
+        if record:
+            event = self.stream.record()
+            facts = (record, event._handle, self.stream.handle, LAUNCHES)
+            ways[C_RECORD] = self.in_c(floor().floor_record, *facts)
+        ways |= {name: calls(way, LAUNCHES, hold) for name, way in others.items()}
+        found = interleaved(ways, self.settle)
+        span = replace(
+            self.span,
+            floor=C_RECORD if record else "none: C cannot call this driver's record",
+            peer=gate if gate in others else next(iter(others), "none is installed"),
+        )
+        self.report.show(f"events on {self.device.address}", found, span)
+        if gate in found:
+            title = f"{self.device.address} stream.record() / {gate}"
+            self.report.gate(title, ratio(found, "stream.record()", gate), 0.25, "x", span, 0.75)
+        elif gate:
+            self.report.missing("the gate on record()", f"its peer, {gate}, is not here")
+
+    def graph(self) -> None:
         """A graph of 100 kernels, against launching them and against C."""
         with self.stream.capture() as graph:
             for _ in range(GRAPH_KERNELS):
                 self.plan()
+        name = f"graph of {GRAPH_KERNELS} kernels"
         ways = {
-            f"graph of {GRAPH_KERNELS} kernels": calls(lambda: graph.launch(self.stream), 20),
-            f"{GRAPH_KERNELS} launches": calls(
-                lambda: [self.plan() for _ in range(GRAPH_KERNELS)], 20
+            name: self.timed(lambda: graph.launch(self.stream), REPLAYS),
+            f"{GRAPH_KERNELS} x plan()": self.timed(
+                lambda: [self.plan() for _ in range(GRAPH_KERNELS)], REPLAYS
             ),
         }
-        if floor_way is not None:
-            ways["C graph launch"] = calls(floor_way(graph), 20)
+        in_c = self._graph_floor(graph)
+        if in_c is not None:
+            ways[C_GRAPH] = in_c
         found = interleaved(ways, self.settle)
-        show(f"graphs on {self.device.address}", found)
-        if "C graph launch" in found:
-            share, spread = ratio(found, f"graph of {GRAPH_KERNELS} kernels", "C graph launch")
-            self.report.add(Gate("graph launch / C", share, 1.2, "x", spread, 0.2))
+        span = replace(self.span, floor=C_GRAPH if in_c else "none: C cannot call this driver's")
+        span = replace(span, peer=f"{GRAPH_KERNELS} x plan()")
+        self.report.show(f"graphs on {self.device.address}", found, span)
+        if in_c is not None:
+            share = ratio(found, name, C_GRAPH)
+            title = f"{self.device.address} {name} / C"
+            self.report.gate(title, share, 1.2, "x", span, room=0.2)
+
+    def _graph_floor(self, graph: hal.Graph) -> Measure | None:
+        """The driver's own graph launched from C, or the same kernels in a C loop."""
+        opened, stream = self.stream._opened, self.stream.handle
+        if graph.native and opened.calls[8]:
+            facts = (opened.calls[8], graph._handle, stream, REPLAYS)
+            return self.in_c(floor().floor_two, *facts)
+        if graph.native or self.abi != 2:
+            return None
+        launch = self.plan._launch
+        each = Step(self.kernel._function, launch.grid, launch.block, launch.arguments)
+        steps = (Step * GRAPH_KERNELS)(*[each] * GRAPH_KERNELS)
+        all_of_it = (self.launcher, steps, GRAPH_KERNELS, REPLAYS, stream)
+        measure = self.in_c(floor().floor_plain_steps, *all_of_it)
+        return lambda: measure() / REPLAYS
 
 
-# -- the peers -------------------------------------------------------------------------------------
+# -- devices ---------------------------------------------------------------------------------------
 
 
-def cuda_peers(bench: Bench) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """(launch, memory, event) of cuda.core, CuPy and torch, on the same GPU."""
-    launch: dict[str, Any] = {}
-    memory: dict[str, Any] = {}
-    event: dict[str, Any] = {}
+def on_cuda(device: hal.Device, report: HalReport) -> None:
+    bench = Bench(device, report)
+    launch, memory, event = peers.cuda(report, bench, ALLOC_BYTES)
+    _parts(
+        report,
+        {
+            "launch": lambda: bench.launches(launch),
+            "memory": lambda: bench.memory(memory, "CuPy pool.malloc + free"),
+            "events": lambda: bench.events(event, "torch event.record()"),
+            "graphs": bench.graph,
+        },
+        device,
+    )
+
+
+def on_opencl(device: hal.Device, report: HalReport) -> None:
+    bench = Bench(device, report)
+    launch: Ways = {}
+    memory: Ways = {}
+    event: Ways = {}
+    hold: Call | None = None
+    try:
+        peer = peers.OpenCL(device)
+        launch, memory, event = peer.launches(), peer.memory(ALLOC_BYTES), peer.events()
+        hold = peer.spin(bench.turns) if bench.busy else None
+    except (ImportError, LookupError) as error:
+        report.missing("pyopencl", error)
+    _parts(
+        report,
+        {
+            "launch": lambda: bench.launches({}),
+            "launch against pyopencl": lambda: bench.opencl(launch, hold),
+            "memory": lambda: bench.memory(memory),
+            "events": lambda: bench.events(event, hold=hold),
+            "graphs": bench.graph,
+        },
+        device,
+    )
+
+
+def on_cpu(device: hal.Device, report: HalReport) -> None:
+    bench = Bench(device, report)
+    memory: Ways = {}
     try:
         import torch
 
-        x, y = torch.zeros(256, device="cuda"), torch.zeros(256, device="cuda")
-        launch["torch.add(out=)"] = lambda: torch.add(x, y, out=x)
-        memory["torch.empty"] = lambda: torch.empty(ALLOC_BYTES // 4, device="cuda")
-        mark = torch.cuda.Event()
-        event["torch event.record()"] = lambda: mark.record()
-    except (ImportError, RuntimeError) as error:
-        _missing("torch with CUDA", error)
-    try:
-        import cupy
-
-        kernel = cupy.RawKernel(SOURCE, "add")
-        cx, cy, n = cupy.zeros(256, np.float32), cupy.zeros(256, np.float32), np.int32(256)
-        launch["CuPy RawKernel"] = lambda: kernel((1,), (256,), (cx, cy, n))
-        pool = cupy.get_default_memory_pool()
-        memory["CuPy pool.malloc + free"] = lambda: pool.malloc(ALLOC_BYTES)
+        names = {"empty": torch.empty, "n": ALLOC_BYTES // 4}
+        memory["torch.empty on the CPU"] = Statement("empty(n)", **names)
     except ImportError as error:
-        _missing("CuPy", error)
-    try:
-        from cuda import core
-
-        if not hasattr(core, "Device"):
-            from cuda.core import experimental as core
-        device = core.Device(0)
-        device.set_current()
-        stream = device.create_stream()
-        options = core.ProgramOptions(arch=bench.stream._opened.backend.target.arch)
-        program = core.Program(SOURCE, code_type="c++", options=options)
-        found = program.compile("cubin").get_kernel("add")
-        config = core.LaunchConfig(grid=1, block=256)
-        px, py, pn = bench.x.ptr, bench.y.ptr, np.int32(256)
-        launch["cuda.core launch"] = lambda: core.launch(stream, config, found, px, py, pn)
-        resource = device.memory_resource
-        memory["cuda.core pool"] = lambda: resource.allocate(ALLOC_BYTES, stream=stream).close()
-    except ImportError as error:
-        _missing("cuda.core", error)
-    return launch, memory, event
+        report.missing("torch", error)
+    _parts(
+        report,
+        {
+            "launch": lambda: bench.launches({}),
+            "memory": lambda: bench.memory(memory),
+            "events": lambda: bench.events({}),
+            "graphs": bench.graph,
+        },
+        device,
+    )
 
 
-def cuda_graph_floor(bench: Bench) -> Callable[[Any], Callable[[], object]]:
-    """cuGraphLaunch of the very same graph, called from C."""
-    import ctypes
-
-    address = ctypes.cast(ctypes.CDLL("libcuda.so.1").cuGraphLaunch, ctypes.c_void_p).value
-    two = floor().floor_two
-
-    def of(graph: Any) -> Callable[[], object]:
-        backend = bench.stream._opened.backend
-        handle = backend.graph_handle(graph._handle)
-        return lambda: two(address, handle, bench.stream.handle, 1)
-
-    return of
+def _parts(report: HalReport, parts: dict[str, Callable[[], None]], device: hal.Device) -> None:
+    for name, run in parts.items():
+        report.part(f"{name}, {device.address}", run)
 
 
-def opencl_peers(bench: Bench) -> dict[str, Any]:
-    """pyopencl on the same platform, arguments given at each call, with and without an event."""
-    try:
-        import pyopencl as cl
-    except ImportError as error:
-        _missing("pyopencl", error)
-        return {}
-    devices = [d for p in cl.get_platforms() for d in p.get_devices()]
-    same = [d for d in devices if d.name.strip() == bench.device.name.strip()] or devices
-    context = cl.Context([same[0]])
-    queue = cl.CommandQueue(context)
-    text = """__kernel void add(__global float* x, __global const float* y, int n) {
-        int i = get_global_id(0); if (i < n) x[i] += y[i]; }"""
-    kernel = cl.Kernel(cl.Program(context, text).build(), "add")
-    x, y = (cl.Buffer(context, cl.mem_flags.READ_WRITE, 1024) for _ in range(2))
-    n = np.int32(256)
-    return {"pyopencl kernel(...)": lambda: kernel(queue, (256,), (256,), x, y, n)}
+ON = {"cpu": on_cpu, "opencl": on_opencl, "cuda": on_cuda}
 
 
 def main() -> int:
-    report = Report("hal_launch")
-    wanted = [word for word in sys.argv[1:] if not word.startswith("-")] or [
-        "cpu",
-        "opencl",
-        "cuda",
-    ]
-    for driver in wanted:
-        devices = hal.devices(driver)
+    report = HalReport("hal_launch")
+    peers.vendors()
+    for driver in words() or list(ON):
+        if driver not in ON:
+            print(f"no part {driver!r}; there are: {', '.join(ON)}", file=sys.stderr)
+            return 2
+        devices = hal.devices(driver, all_routes=driver == "opencl")
         if not devices:
-            print(f"  {driver}: {hal.drivers()[driver].reason}")
-            continue
-        for device in devices[:1] if driver != "opencl" else devices:
+            report.missing(driver, hal.drivers()[driver].reason)
+        for device in devices if driver == "opencl" else devices[:1]:
             try:
-                bench = Bench(device, report)
-            except DrivetrainError as error:
-                print(f"  {device.address}: {error}")
-                continue
-            if driver == "cuda":
-                launch, memory, event = cuda_peers(bench)
-                bench.launches(launch)
-                bench.memory(memory, "CuPy pool.malloc + free")
-                bench.events(event, "torch event.record()")
-                bench.graph(cuda_graph_floor(bench))
-            elif driver == "opencl":
-                peers = opencl_peers(bench)
-                bench.launches(peers)
-                opencl_gate(bench, peers)
-                bench.memory({}, "")
-                bench.events({}, "")
-            else:
-                bench.launches({})
-                bench.memory({}, "")
-                bench.events({}, "")
-                bench.graph(None)
+                ON[driver](device, report)
+            except (DrivetrainError, OSError, ctypes.ArgumentError) as error:
+                report.failed.append(f"{device.address}: {error}")
+                print(f"  FAILED    {device.address}: {error}")
     return report.finish()
-
-
-def opencl_gate(bench: Bench, peers: dict[str, Any]) -> None:
-    """A launch with and without an event, over pyopencl's, which always makes one."""
-    if not peers:
-        return
-    stream, kernel, x, y = bench.stream, bench.kernel, bench.x, bench.y
-
-    def with_event() -> None:
-        kernel(stream, 1, 256, x, y, 256)
-        stream.record()
-
-    ways = {
-        "kernel(...)": calls(lambda: kernel(stream, 1, 256, x, y, 256), LAUNCHES),
-        "kernel(...) and record()": calls(with_event, LAUNCHES),
-        **{name: calls(way, LAUNCHES) for name, way in peers.items()},
-    }
-    found = interleaved(ways, bench.settle)
-    show(f"OpenCL launch on {bench.device.address} against pyopencl", found)
-    for name in ("kernel(...)", "kernel(...) and record()"):
-        share, spread = ratio(found, name, "pyopencl kernel(...)")
-        bench.report.add(
-            Gate(f"{bench.device.address} {name} / pyopencl", share, 0.6, "x", spread, 0.4)
-        )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 /* The same driver calls from a C loop: what no Python can be faster than. Each function calls n
- * times and returns the seconds of one call. */
+ * times and returns the seconds of one call; negative when a call failed. */
 #define _POSIX_C_SOURCE 199309L
 #include <stddef.h>
 #include <stdint.h>
@@ -10,6 +10,8 @@ static double now(void) {
     clock_gettime(CLOCK_MONOTONIC, &at);
     return (double)at.tv_sec + 1e-9 * (double)at.tv_nsec;
 }
+
+/* -- one launch ---------------------------------------------------------------------------------- */
 
 typedef int (*cuda_launch)(void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                            unsigned, void *, void **, void **);
@@ -47,6 +49,38 @@ double floor_opencl_launch(void *call, void *function, unsigned grid, unsigned b
     return (now() - began) / n;
 }
 
+/* -- a workload of many launches: seconds to queue `repeats` times all of them --------------------- */
+
+typedef struct {
+    void *function;
+    uint32_t grid[3], block[3];
+    void **arguments;
+} step;
+
+double floor_cuda_steps(void *call, const step *steps, int count, int repeats, void *stream) {
+    double began = now();
+    for (int r = 0; r < repeats; r++)
+        for (int i = 0; i < count; i++) {
+            const step *s = &steps[i];
+            if (((cuda_launch)call)(s->function, s->grid[0], s->grid[1], s->grid[2], s->block[0],
+                                    s->block[1], s->block[2], 0, stream, s->arguments, NULL))
+                return -1;
+        }
+    return now() - began;
+}
+
+double floor_plain_steps(void *call, const step *steps, int count, int repeats, void *stream) {
+    double began = now();
+    for (int r = 0; r < repeats; r++)
+        for (int i = 0; i < count; i++) {
+            const step *s = &steps[i];
+            if (((plain_launch)call)(s->function, s->grid, s->block, 0, stream, s->arguments)) return -1;
+        }
+    return now() - began;
+}
+
+/* -- anything that takes two handles: cuGraphLaunch, cuEventRecord --------------------------------- */
+
 typedef int (*two)(void *, void *);
 
 double floor_two(void *call, void *first, void *second, int n) {
@@ -54,4 +88,39 @@ double floor_two(void *call, void *first, void *second, int n) {
     for (int i = 0; i < n; i++)
         if (((two)call)(first, second)) return -1;
     return (now() - began) / n;
+}
+
+double floor_record(void *call, void *event, void *stream, int n) {
+    return floor_two(call, event, stream, n);
+}
+
+/* -- cuBLAS: c = a b, a = c b, ... with cublasGemmEx in half precision ----------------------------- */
+
+typedef int (*gemm_ex)(void *, int, int, int, int, int, const void *, const void *, int, int,
+                       const void *, int, int, const void *, void *, int, int, int, int);
+
+enum { CUDA_R_16F = 2, CUBLAS_COMPUTE_32F = 68, CUBLAS_GEMM_DEFAULT = -1 };
+
+double floor_gemm_chain(void *call, void *handle, int n, void *a, void *b, void *c, int count) {
+    const float one = 1, zero = 0;
+    double began = now();
+    for (int i = 0; i < count; i++) {
+        void *from = i % 2 ? c : a, *to = i % 2 ? a : c;
+        if (((gemm_ex)call)(handle, 0, 0, n, n, n, &one, b, CUDA_R_16F, n, from, CUDA_R_16F, n, &zero,
+                            to, CUDA_R_16F, n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT))
+            return -1;
+    }
+    return now() - began;
+}
+
+/* -- cuMemcpyPeer, and then cuCtxSynchronize: the seconds of one copy ------------------------------ */
+
+typedef int (*peer)(uint64_t, void *, uint64_t, void *, size_t);
+typedef int (*none)(void);
+
+double floor_peer(void *call, void *synchronize, uint64_t dst, void *dst_context, uint64_t src,
+                  void *src_context, size_t nbytes) {
+    double began = now();
+    if (((peer)call)(dst, dst_context, src, src_context, nbytes) || ((none)synchronize)()) return -1;
+    return now() - began;
 }
