@@ -41,7 +41,7 @@ static void *use_lists(void *argument) {
         dt_lists_put(lists, ptr, nbytes, stream);
         if (i % 1000 == 0) {
             dt_block blocks[16];
-            dt_lists_drain(lists, stream, i % 2000 == 0, blocks, 16);
+            dt_lists_drain(lists, stream, i % 2000 == 0, i % 3 * 512, blocks, 16);
         }
     }
     return NULL;

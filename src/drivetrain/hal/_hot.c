@@ -86,13 +86,13 @@ static PyObject *lists_count(FreeLists *self, PyObject *args) {
 }
 
 static PyObject *lists_drain(FreeLists *self, PyObject *args) {
-    unsigned long long stream = 0;
+    unsigned long long stream = 0, least = 0;
     int all = PyTuple_GET_SIZE(args) == 0;
-    if (!all && !PyArg_ParseTuple(args, "K", &stream)) return NULL;
+    if (!all && !PyArg_ParseTuple(args, "K|K", &stream, &least)) return NULL;
     PyObject *found = PyList_New(0);
     dt_block blocks[256];
     size_t count;
-    while (found && (count = dt_lists_drain(self->lists, stream, all, blocks, 256))) {
+    while (found && (count = dt_lists_drain(self->lists, stream, all, least, blocks, 256))) {
         for (size_t i = 0; i < count; i++) {
             PyObject *each = Py_BuildValue("KKK", (unsigned long long)blocks[i].stream,
                                            (unsigned long long)blocks[i].nbytes,
@@ -124,7 +124,8 @@ static PyMethodDef lists_methods[] = {
     {"count", (PyCFunction)lists_count, METH_VARARGS,
      "count(nbytes, used): a block came from elsewhere, or went there"},
     {"drain", (PyCFunction)lists_drain, METH_VARARGS,
-     "drain([stream]) -> [(stream, bytes, ptr)] of that stream or all, no longer kept"},
+     "drain([stream[, least]]) -> [(stream, bytes, ptr)] of that stream or all, of that size or "
+     "larger, no longer kept"},
     {"counts", (PyCFunction)lists_counts, METH_NOARGS,
      "counts() -> (live, requested, allocated, peak requested, peak allocated, listed)"},
     {NULL, NULL, 0, NULL},

@@ -75,10 +75,10 @@ class FreeLists:
             self._listed += 1
             return True
 
-    def drain(self, *stream: int) -> list[tuple[int, int, int]]:
-        """[(stream, bytes, ptr)] of one stream or all, no longer kept."""
+    def drain(self, stream: int | None = None, least: int = 0) -> list[tuple[int, int, int]]:
+        """[(stream, bytes, ptr)] of one stream or all, of that size or larger, no longer kept."""
         with self._lock:
-            keys = [key for key in self._lists if not stream or key[0] == stream[0]]
+            keys = [k for k in self._lists if stream in (None, k[0]) and k[1] >= least]
             blocks = [(*key, ptr) for key in keys for ptr in self._lists.pop(key)]
             self._listed -= len(blocks)
             return blocks

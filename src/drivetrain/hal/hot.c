@@ -144,12 +144,13 @@ void dt_lists_count(dt_lists *lists, uint64_t nbytes, int used) {
     unlock(lists);
 }
 
-size_t dt_lists_drain(dt_lists *lists, uint64_t stream, int all, dt_block *blocks, size_t room) {
+size_t dt_lists_drain(dt_lists *lists, uint64_t stream, int all, uint64_t least, dt_block *blocks,
+                      size_t room) {
     size_t moved = 0;
     lock(lists);
     for (size_t i = 0; i < lists->capacity && moved < room; i++) {
         bin *each = lists->table[i];
-        if (!each || (!all && each->stream != stream)) continue;
+        if (!each || (!all && each->stream != stream) || each->nbytes < least) continue;
         while (each->count && moved < room) {
             blocks[moved++] = (dt_block){each->stream, each->nbytes, each->ptrs[--each->count]};
             lists->counts.listed--;

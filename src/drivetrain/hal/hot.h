@@ -39,8 +39,10 @@ int dt_lists_put(dt_lists *lists, uint64_t ptr, uint64_t nbytes, uint64_t stream
 /* Counts a block that came from, or went, elsewhere. */
 void dt_lists_count(dt_lists *lists, uint64_t nbytes, int used);
 
-/* Moves up to room blocks into blocks: those of one stream, or with all set of every stream. */
-size_t dt_lists_drain(dt_lists *lists, uint64_t stream, int all, dt_block *blocks, size_t room);
+/* Moves up to room blocks of at least that many bytes into blocks: those of one stream, or with all
+ * set of every stream. */
+size_t dt_lists_drain(dt_lists *lists, uint64_t stream, int all, uint64_t least, dt_block *blocks,
+                      size_t room);
 
 void dt_lists_counts(dt_lists *lists, dt_counts *counts);
 

@@ -4,7 +4,8 @@ Memory is taken from the resource below in segments, cut into blocks, and kept w
 A closed buffer's block first waits in the list of its stream and size, where the next request of
 that size finds it at once. What is found nowhere there is cut from the best-fitting free block of
 the stream, then of another stream (behind an event), then from a new segment. Neighbours that are
-free on one stream are merged.
+free on one stream are merged: large ones before a large block is cut, small ones when nothing else
+fits.
 
 The sizes of segments follow what PyTorch's caching allocator found to work (2 MiB for requests up
 to 1 MiB, 20 MiB up to 10 MiB, else the request rounded up to 2 MiB).
@@ -167,9 +168,9 @@ class Pool:
         block.waits = waits
         self._settle_block(block)
 
-    def _settle(self, *stream: int) -> None:
-        """Merge what waits in the lists, of one stream or all."""
-        for owner, _, ptr in self.lists.drain(*stream):
+    def _settle(self, *which: int) -> None:
+        """Merge what waits in the lists: all, one stream's, or one stream's from a size on."""
+        for owner, _, ptr in self.lists.drain(*which):
             self._let_go(ptr, owner, ())
 
     def _settle_block(self, block: _Block) -> None:
@@ -210,6 +211,8 @@ class Pool:
         del listed[at]
 
     def _find(self, size: int, nbytes: int, stream: int) -> _Block:
+        if size > _SMALL:  # what waits may be a better fit, once it is merged
+            self._settle(stream, _SMALL + 1)
         block = self._fitting(size, stream)
         if block is None:
             self._settle()
