@@ -14,9 +14,10 @@ _LARGEST_LOG = 64 << 10
 # kernel.cu(12): error: ... | kernel.cu:12:5: error: ... | <kernel>:12:5: error: ... |
 # 12:5: error: ...
 _PLACE = re.compile(
-    r"^[ \t]*(?P<file>[^\s():][^():\n]*?)?(?:\((?P<nvrtc>\d+)\)|:?(?P<line>\d+):(?P<column>\d+))"
+    r"^[ \t]*(?:(?P<file>[^\s():][^():\n]*)(?:\((?P<nvrtc>\d+)\)|:(?P<line>\d+):\d+)"
+    r"|(?P<bare>\d+):\d+)"
     r":\s*(?P<message>(?:fatal |catastrophic )?(?:error|warning|note|remark)\b.*)$",
-    re.IGNORECASE,
+    re.IGNORECASE | re.ASCII,
 )
 
 
@@ -33,7 +34,7 @@ def explain(log: str, name: str, lines: Sequence[int] = ()) -> str:
         if match is None:
             out.append(text.rstrip())
             continue
-        file, line = match["file"] or "", int(match["nvrtc"] or match["line"])
+        file, line = match["file"] or "", int(match["nvrtc"] or match["line"] or match["bare"])
         ours = file in ("", name) or file.startswith("<") or _temporary(file)
         if file == GENERATED:
             where = f"{GENERATED}:{line}"
@@ -74,8 +75,9 @@ def with_lines(text: str, name: str, lines: Sequence[int]) -> str:
         if not continued and line != expected:
             file, number = (name, line) if line else (GENERATED, index + 1)
             out.append(f'#line {number} "{file}"')
+        told = not continued or line == expected
         out.append(content)
         # A directive in the middle of a continued line would be a part of it.
         continued = content.endswith("\\")
-        expected = line + 1 if line else 0
+        expected = (line + 1 if line else 0) if told else None
     return "\n".join(out)

@@ -128,7 +128,9 @@ def run(
                 cwd=folder,
                 env={
                     **os.environ,
-                    **{"TMPDIR": str(folder), "LC_ALL": "C", _MARK: mark.partition("=")[2]},
+                    "TMPDIR": str(folder),
+                    "LC_ALL": "C",
+                    _MARK: mark.partition("=")[2],
                     **environment,
                 },
                 stdin=subprocess.DEVNULL,
