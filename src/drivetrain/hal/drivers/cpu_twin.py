@@ -489,7 +489,7 @@ class Device:
 
         def run(first: int, count: int) -> int:
             part = Range(whole.grid, whole.block, whole.shared, first, count)
-            return function.call(ctypes.byref(part), values)
+            return int(function.call(ctypes.byref(part), values))
 
         job = _Job(blocks, step, run)
         for _ in range(min(self._threads - 1, -(-blocks // step) - 1)):

@@ -304,7 +304,7 @@ def _names(kind: type) -> tuple[str, ...]:
 
 def parts(node: Any) -> Iterator[Any]:
     """The expressions and statements directly below one."""
-    for name in _names(type(node)):
+    for name in _names(node.__class__):
         value = getattr(node, name)
         if isinstance(value, (Expr, Stmt)):
             yield value
