@@ -11,24 +11,36 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import glob
 import os
+import struct
 import subprocess
 import sys
-import sysconfig
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any
 
+from drivetrain import hal
 from drivetrain.errors import CompileError, DeviceLost, HalError, OutOfMemory, Timeout, Unsupported
 from drivetrain.hal.device import DeviceInfo
-from drivetrain.hal.driver import LaunchAbi
+from drivetrain.hal.driver import LaunchAbi, Target
 from drivetrain.hal.drivers import cuda, cuda_api
 from drivetrain.hal.drivers.cuda_backend import CudaBackend, initialised
 from drivetrain.hal.kinds import Kind, Way
+from drivetrain.hal.language import compile
+from drivetrain.hal.language.facts import Compiled
+from drivetrain.hal.language.source import Source
+
+triton: ModuleType | None
+tl: Any
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
 
 MIB = 1 << 20
 Check = Callable[["Bench"], Any]
@@ -70,6 +82,26 @@ extern "C" __global__ void stray(int *p) { *p = 1; }
 """
 
 
+TEMPLATES = r"""
+#include <cuda_fp16.h>
+struct By { float factor, more; };
+template <typename T, int N> __global__ void scale(T *p, By by) {
+    p[threadIdx.x] = p[threadIdx.x] * by.factor + N + by.more;
+}
+template __global__ void scale<float, 4>(float *, By);
+__global__ void halve(float *p) {
+    p[threadIdx.x] = __half2float(__hmul(__float2half(p[threadIdx.x]), __float2half(0.5f)));
+}
+"""
+
+
+def block_sums(x, out, n, by, BLOCK):  # type: ignore[no-untyped-def]
+    """A Triton kernel; it is compiled elsewhere and never called here."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.sum(tl.load(x + place, mask=place < n, other=0.0))
+    tl.store(out + tl.program_id(0), total * by)
+
+
 def check(function: Check) -> Check:
     CHECKS.append(function)
     return function
@@ -78,35 +110,9 @@ def check(function: Check) -> Check:
 # -- what the checks stand on ----------------------------------------------------------------------
 
 
-def nvrtc() -> Any:
-    site = {sysconfig.get_paths()["purelib"], *sys.path}
-    places = [p for s in site for p in glob.glob(f"{s}/nvidia/*/lib/libnvrtc.so.*")]
-    places += glob.glob("/usr/local/cuda*/lib64/libnvrtc.so*")
-    for place in [*sorted(places), "libnvrtc.so", "libnvrtc.so.13", "libnvrtc.so.12"]:
-        if "builtins" in place or ".alt." in place:
-            continue
-        with contextlib.suppress(OSError):
-            return ctypes.CDLL(place)
-    raise RuntimeError(f"no NVRTC in {places}")
-
-
-def compiled(source: str, option: str, form: str) -> bytes:
-    """``form``: PTX or CUBIN, for an architecture option such as ``-arch=sm_90``."""
-    library, handle = nvrtc(), ctypes.c_void_p()
-    text = source.encode()
-    if library.nvrtcCreateProgram(ctypes.byref(handle), text, b"try.cu", 0, None, None):
-        raise RuntimeError("nvrtcCreateProgram failed")
-    options = (ctypes.c_char_p * 1)(option.encode())
-    code, size = library.nvrtcCompileProgram(handle, 1, options), ctypes.c_size_t()
-    if code:
-        library.nvrtcGetProgramLogSize(handle, ctypes.byref(size))
-        log = ctypes.create_string_buffer(size.value)
-        library.nvrtcGetProgramLog(handle, log)
-        raise RuntimeError(f"NVRTC says {code}: {log.value.decode()}")
-    getattr(library, f"nvrtcGet{form}Size")(handle, ctypes.byref(size))
-    out = ctypes.create_string_buffer(size.value)
-    getattr(library, f"nvrtcGet{form}")(handle, out)
-    return out.raw
+def compiled(source: str, target: Target) -> Compiled:
+    """A cubin; PTX where NVRTC is older than the GPU."""
+    return compile(Source.cuda(source, name="try.cu"), target)
 
 
 def infos() -> list[DeviceInfo]:
@@ -138,8 +144,8 @@ class Bench:
 
     def function(self, name: str) -> int:
         if not self._module:
-            code = compiled(SOURCE, f"-arch={self.b.target.arch}", "CUBIN")
-            self._module = self.b.module_load(code, "cubin")
+            made = compiled(SOURCE, self.b.target)
+            self._module = self.b.module_load(made.code, made.form)
         if name not in self._functions:
             self._functions[name] = self.b.function(self._module, name)
         return self._functions[name]
@@ -492,21 +498,60 @@ def the_old_way_to_wait_for_the_device(t: Bench) -> None:
 
 @check
 def ptx_and_cubin_load_and_run(t: Bench) -> None:
-    major = t.b.target.arch.partition("_")[2]
-    made = compiled(SOURCE, f"-arch=compute_{major}", "PTX")
-    for code, name in ((PTX.encode(), "store"), (made, "add")):
-        module = t.b.module_load(code, "ptx")
-        function = t.b.function(module, name)
-        with t.memory(4) as ptr:
-            t.b.fill(ptr, b"\0", 4, t.s)
-            table = pack(ctypes.c_uint64(ptr), ctypes.c_uint32(77))
-            t.b.function_arguments(function, (-8, 4))
-            where = ctypes.addressof(table)
-            t.b.launch(function, (1, 1, 1), (1, 1, 1), 0, t.s, where, (-8, 4))
-            assert t.number(ptr) == 77
-        t.b.module_unload(module)
+    module = t.b.module_load(PTX.encode(), "ptx")
+    function = t.b.function(module, "store")
+    with t.memory(4) as ptr:
+        t.b.fill(ptr, b"\0", 4, t.s)
+        table = pack(ctypes.c_uint64(ptr), ctypes.c_uint32(77))
+        t.b.function_arguments(function, (-8, 4))
+        t.b.launch(function, (1, 1, 1), (1, 1, 1), 0, t.s, ctypes.addressof(table), (-8, 4))
+        assert t.number(ptr) == 77
+    t.b.module_unload(module)
     t.launch("saxpy", *(ctypes.c_uint64(0),) * 2, ctypes.c_float(0), ctypes.c_int(0))
     t.sync()
+
+
+@check
+def templates_structs_and_headers_compile_and_run(t: Bench) -> Any:
+    device = hal.device(f"cuda://{t.info.uuid}")
+    module = device.compile(Source.cuda(TEMPLATES, name="templates.cu"))
+    floats, halves = module.kernel("scale<float,4>"), module.kernel("halve")
+    with device.stream() as stream, device.alloc(16, stream=stream) as buffer:
+        buffer.copy_from(memoryview(struct.pack("4f", 1, 2, 3, 4)), stream=stream)
+        floats(stream, 1, 4, buffer, struct.pack("2f", 10, 0.5))
+        halves(stream, 1, 4, buffer)
+        out = bytearray(16)
+        buffer.copy_to(memoryview(out), stream=stream)
+        stream.synchronize()
+    assert struct.unpack("4f", out) == tuple((x * 10 + 4.5) / 2 for x in (1, 2, 3, 4))
+    return module.names
+
+
+@check
+def triton_kernels_are_launched_by_our_launcher(t: Bench) -> Any:
+    if tl is None:
+        return "Triton is not installed"
+    device, n, block = hal.device(f"cuda://{t.info.uuid}"), 5000, 1024
+    types = {"x": "*fp32", "out": "*fp32", "n": "i32", "by": "fp32"}
+    for warps in (4, 8):
+        source = Source.triton(
+            block_sums, signature=types, constants={"BLOCK": block}, num_warps=warps
+        )
+        kernel = device.compile(source).kernel("block_sums")
+        blocks = -(-n // block)
+        with device.stream() as stream, device.alloc(4 * n, stream=stream) as x:
+            x.copy_from(memoryview(struct.pack(f"{n}f", *range(n))), stream=stream)
+            plan_out, call_out = (device.alloc(4 * blocks, stream=stream) for _ in range(2))
+            kernel(stream, blocks, None, x, call_out, n, 2.0)
+            kernel.plan(stream, blocks, None, x, plan_out, n, 2.0)()
+            for buffer in (call_out, plan_out):
+                out = bytearray(4 * blocks)
+                buffer.copy_to(memoryview(out), stream=stream)
+                stream.synchronize()
+                want = [2.0 * sum(range(b * block, min(n, (b + 1) * block))) for b in range(blocks)]
+                assert list(struct.unpack(f"{blocks}f", out)) == want, (warps, out)
+                buffer.close()
+    return f"Triton {triton.__version__}, {kernel._shared} bytes of shared memory"
 
 
 @check
