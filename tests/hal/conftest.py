@@ -249,6 +249,8 @@ def cuda_info() -> Callable[[int], DeviceInfo]:
 # -- devices to work on ----------------------------------------------------------------------------
 
 KERNELS_C = """
+#define _GNU_SOURCE
+#include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <time.h>
@@ -277,6 +279,16 @@ int dt_cpu_each(const range *r, void **a) {
     for (uint64_t i = r->first; i < r->first + r->count; i++) (*(int32_t **)a[0])[i] += 1;
     return 0;
 }
+/* The cores that each block's thread may run on, the first 64. */
+int dt_cpu_where(const range *r, void **a) {
+    cpu_set_t set;
+    uint64_t found = 0;
+    sched_getaffinity(0, sizeof set, &set);
+    for (int i = 0; i < 64; i++) if (CPU_ISSET(i, &set)) found |= (uint64_t)1 << i;
+    for (uint64_t i = r->first; i < r->first + r->count; i++) (*(uint64_t **)a[0])[i] = found;
+    return 0;
+}
+int dt_cpu_full(const range *r, void **a) { (void)r, (void)a; return 1; }
 int dt_cpu_fails(const range *r, void **a) { (void)r, (void)a; return 7; }
 /* What arrived, as bytes: every type of argument. */
 int dt_cpu_echo(const range *r, void **a) {
@@ -302,6 +314,8 @@ ARGUMENTS: dict[str, Sequence[hal.ArgType]] = {
     "spin": [hal.U64],
     "each": [hal.PTR],
     "fails": [],
+    "full": [],
+    "where": [hal.PTR],
     "hold": [hal.U64],
     "echo": [hal.PTR, *ECHO],
 }

@@ -265,8 +265,8 @@ class Device:
 
     def alloc(self, nbytes: int, /) -> int:
         self._check("alloc")
-        if nbytes < 0:
-            raise OverflowError("a negative size")
+        if not 0 <= nbytes < 1 << 64:
+            raise OverflowError("a size of 64 bits, not below 0")
         with self._lock:
             if nbytes > self._allowance:
                 return 0
