@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,8 @@ def test_what_is_told_of_a_kernel_is_what_the_compiler_made() -> None:
     assert (found["late"].dynamic_shared, found["late"].barriers) == (True, True)
     assert found["scale<double,8>"].params is not None
     assert [p.type for p in found["scale<double,8>"].params] == ["ptr", "f64"]
-    assert found["deep::er::inside"].params is None
+    assert found["deep::er::inside"].params is not None
+    assert [p.type for p in found["deep::er::inside"].params] == ["ptr"]
 
 
 @nvidia
@@ -140,7 +142,10 @@ def test_the_names_that_nvcc_finds_in_the_c_library_are_there() -> None:
 
 
 @nvidia
-@pytest.mark.parametrize("header", ["cuda_fp16.h", "cooperative_groups.h", "mma.h"])
+@pytest.mark.parametrize(
+    "header",
+    ["cuda_fp16.h", "cooperative_groups.h", pytest.param("mma.h", marks=pytest.mark.soak)],
+)
 def test_headers_of_cuda(header: str) -> None:
     library = installed("cuda")
     assert library is not None
@@ -288,6 +293,23 @@ def test_kernels_are_found_whatever_else_is_there() -> None:
     assert names(text) == [*want, "a::seven<Holder<int>>"]
     assert names(text, MORE="1") == [*want, "a::seven<Holder<int>>", "eight"]
     assert names('"no end') == []
+
+
+def test_without_the_parser_a_kernel_without_types_of_its_own_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = KERNELS + "__global__ void __launch_bounds__(2 * 32, 1) named(V v, float4 *q) {}"
+    with_parser = {kernel.name: kernel for kernel in written_kernels(text, {})}
+    monkeypatch.setitem(sys.modules, "tree_sitter", None)
+    without = {kernel.name: kernel for kernel in written_kernels(text, {})}
+    assert [name for name, kernel in without.items() if kernel.told] == [
+        "late", "mine", "deep::er::inside",
+    ]  # fmt: skip
+    for name in ("late", "mine", "deep::er::inside"):
+        assert without[name].facts == with_parser[name].facts
+    assert with_parser["named"].facts.launch_bounds == 64
+    (alone,) = written_kernels("__global__ void __launch_bounds__(2 * 32, 1) k(uint n) {}", {})
+    assert (alone.told, alone.facts.launch_bounds) == (True, 64)
 
 
 def test_parameters_that_the_compiler_has_otherwise_are_not_told() -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from itertools import takewhile
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import CompileError, DrivetrainError
 from drivetrain.hal.language.facts import KernelFacts, Param
@@ -62,6 +64,9 @@ def written_kernels(text: str, defines: Mapping[str, str]) -> list[Written]:
             header = known[mine.index(kernel)]
             facts = replace(base, params=header.params, launch_bounds=header.bounds)
             written = Written(kernel.expression, header.name, facts, told=True)
+        elif "<" not in kernel.expression and (alone := _alone(kernel)) is not None:
+            facts = replace(base, params=alone.params, launch_bounds=alone.bounds)
+            written = Written(kernel.expression, kernel.expression, facts, told=True)
         out.append(written)
     return out
 
@@ -96,6 +101,25 @@ def _headers(plain: str) -> dict[str, list[_Header]]:
     return out
 
 
+def _alone(kernel: _Kernel) -> _Header | None:
+    """From its own words, without the rest of the source: enough where no type is the user's."""
+    from drivetrain.hal.language.check import Unit
+    from drivetrain.hal.language.scope import Template
+
+    words = [token.text for token in kernel.head]
+    bounds: tuple[Token, ...] = ()
+    if "__launch_bounds__" in words:
+        start = words.index("__launch_bounds__") + 2
+        bounds = tuple(takewhile(lambda token: token.text not in (",", ")"), kernel.head[start:]))
+    line = kernel.head[0].line
+    empty: Any = SimpleNamespace(children=())
+    try:
+        unit = Unit(empty, lenient=True)
+        return _header(unit, Template(kernel.base, line, kernel.head, None, (), True, bounds), ())
+    except (DrivetrainError, RecursionError):
+        return None
+
+
 def _header(unit: Unit, template: Template, bound: Bound) -> _Header:
     from drivetrain.hal.language.signature import kernel_params
     from drivetrain.hal.language.tree import Function, Var
@@ -122,6 +146,8 @@ _ATTRIBUTES = ("__launch_bounds__", "__attribute__", "__align__", "alignas", "__
 class _Kernel:
     expression: str
     base: str
+    head: tuple[Token, ...] = field(default=(), compare=False)
+    """Its words before the body."""
 
 
 @dataclass
@@ -213,7 +239,7 @@ class _Scan:
         if words[0] == "template" and words[1:3] != ["<", ">"]:
             return True  # a template: its instances are named elsewhere
         arguments = _joined(head[after : _closing(head, after)]) if words[0] == "template" else ""
-        self._note(scope, name, arguments)
+        self._note(scope, name, arguments, tuple(head))
         return True
 
     def _declared(self, tokens: list[Token], scope: tuple[str, ...]) -> None:
@@ -232,8 +258,10 @@ class _Scan:
             place -= 2
         self._note((*scope, *before), words[place + 2 * len(before)], arguments)
 
-    def _note(self, scope: tuple[str, ...], name: str, arguments: str) -> None:
-        kernel = _Kernel("::".join((*scope, name)) + arguments, name)
+    def _note(
+        self, scope: tuple[str, ...], name: str, arguments: str, head: tuple[Token, ...] = ()
+    ) -> None:
+        kernel = _Kernel("::".join((*scope, name)) + arguments, name, head)
         if kernel not in self.kernels:
             self.kernels.append(kernel)
 
