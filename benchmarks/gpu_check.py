@@ -1,4 +1,4 @@
-"""Everything that needs a GPU: the marked tests, moves of 10 GiB, a failover.
+"""Everything that needs a GPU: the marked tests, floor 1's benchmarks, moves of 10 GiB, a failover.
 
 Run through `make gpu-check`. With two GPUs also the move between them, in workers that do not see
 each other's device. Ends 1 when a gate is missed or a check fails.
@@ -29,6 +29,14 @@ STEP_S = 0.05
 PEER_MS = 250.0
 STAGED_MS = 500.0
 STAGED_GBPS = 0.9 * 54.0
+HAL = (
+    ("hal_launch", "cuda"),
+    ("hal_launch", "opencl"),
+    ("hal_copies", "cuda"),
+    ("hal_workloads", "cuda"),
+)
+"""Benchmarks of floor 1, and the parts that need a GPU."""
+HAL_LIMIT_S = 75.0
 _FAILED: list[str] = []
 
 
@@ -139,6 +147,19 @@ def _large(runtime: Any, gpus: list[str], report: Report, rounds: int) -> None:
     job.stop()
 
 
+def _hal() -> None:
+    """The benchmarks of floor 1, each in a process of its own, with a limit."""
+    quick = ["--quick"] if "--quick" in sys.argv else []
+    for name, *parts in HAL:
+        script = ROOT / f"benchmarks/bench_{name}.py"
+        command = [sys.executable, str(script), *quick, *parts]
+        try:
+            done = subprocess.run(command, check=False, cwd=ROOT, timeout=HAL_LIMIT_S)
+            _check(f"{name} {' '.join(parts)}", done.returncode == 0, f"ended {done.returncode}")
+        except subprocess.TimeoutExpired:
+            _check(f"{name} {' '.join(parts)}", False, f"not done within {HAL_LIMIT_S:g} s")
+
+
 def main() -> int:
     report = Report("gpu")
     rounds = 3 if "--quick" not in sys.argv else 1
@@ -157,6 +178,7 @@ def main() -> int:
         with Runtime() as runtime:
             stages: dict[str, Callable[[], None]] = {
                 "tests": _tests,
+                "hal": _hal,
                 "digits": lambda: _small(runtime, gpus),
                 "large": lambda: _large(runtime, gpus, report, rounds),
             }
