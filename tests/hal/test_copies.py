@@ -277,3 +277,31 @@ def test_without_pinned_memory_on_either_side_there_is_no_way_and_it_is_said(
     a, b = rig.alloc(64, near), rig.alloc(64, far)
     with pytest.raises(BadInput, match="pinned"):
         b.copy_from(a, stream=far)
+
+
+@pytest.fixture
+def opencl() -> hal.Device:
+    found = hal.devices("opencl", all_routes=True)
+    if not found:
+        pytest.skip("there is no OpenCL device")
+    return found[0]
+
+
+def test_copies_go_to_and_from_opencl(opencl: hal.Device, rig_of: Callable[[str], Any]) -> None:
+    for driver in ("cpu", "simulated", "cuda"):
+        other = rig_of(driver).device
+        near, far = other.stream(), opencl.stream()
+        for nbytes in SIZES:
+            data = random.Random(nbytes).randbytes(nbytes)
+            a, b = other.alloc(nbytes, stream=near), opencl.alloc(nbytes, stream=far)
+            c = other.alloc(nbytes, stream=near)
+            a.copy_from(data, stream=near)
+            far.wait(near)
+            b.copy_from(a, stream=far)
+            near.wait(far)
+            c.copy_from(b, stream=near)
+            back = bytearray(nbytes)
+            c.copy_to(back, stream=near)
+            near.synchronize()
+            assert back == data
+        hal.close_all()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from drivetrain import hal
-from drivetrain.errors import BadInput, HalError, OutOfMemory, Unsupported
+from drivetrain.errors import BadInput, HalError, OutOfMemory, Timeout, Unsupported
 from drivetrain.hal import MemoryKind
 from drivetrain.hal.opened import opened
 
@@ -147,6 +147,28 @@ def test_used_by_makes_reuse_wait_for_work_that_others_queued(rig: Any) -> None:
     third.fill(b"\x03", stream=home)
     home.synchronize()
     assert after.done
+
+
+def test_a_close_whose_wait_ends_early_can_be_done_again(
+    rig_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another driver's device still reads the memory: the caller waits for it."""
+    cpu, simulated = rig_of("cpu"), rig_of("simulated")
+    near, far = cpu.device.stream(), simulated.device.stream()
+    pool = hal.Pool(hal.DriverMemory(cpu.device, MemoryKind.PINNED))
+    buffer = cpu.device.alloc(64, stream=near, kind=MemoryKind.PINNED, pool=pool)
+    target = simulated.device.alloc(64, stream=far)
+    simulated.slow(far, 0.3)
+    target.copy_from(buffer, stream=far)
+    monkeypatch.setenv("DRIVETRAIN_WAIT_LIMIT_S", "0.02")
+    with pytest.raises(Timeout):
+        buffer.close()
+    assert not buffer.closed
+    assert pool.stats().live == 1
+    monkeypatch.delenv("DRIVETRAIN_WAIT_LIMIT_S")
+    buffer.close()
+    assert buffer.closed
+    assert pool.stats().live == 0
 
 
 def test_without_other_users_nobody_waits(rig: Any) -> None:

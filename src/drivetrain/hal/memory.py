@@ -117,13 +117,19 @@ class Buffer(BufferCore):
         home = self._home
         assert home is not None
         try:
-            handle, waits = home._give_back(self._users)
             for event in self._waits or ():
                 event.synchronize()
+            handle, waits = home._give_back(self._users)
+        except DeviceLost:
+            return  # its memory is gone with it
+        except BaseException:
+            self._resource, self.ptr = resource, ptr  # it is in use still: close it again
+            raise
+        try:
             if handle:
                 resource.deallocate(ptr, self.nbytes, handle, waits)
         except DeviceLost:
-            pass  # its memory is gone with it
+            pass
 
     def __enter__(self) -> Buffer:
         return self
