@@ -91,11 +91,11 @@ class Report:
         """What came of a group's checks in all, or with `DISCOVERY` and `CORE` of those that need
         no group: ``failed`` if one did, else ``passed`` if one did, else the state they have;
         ``not run`` or ``not declared`` where there is none."""
-        of_it = (r for r in self.results if _is_of(r, group))
-        states = {r.state for r in of_it}
+        if group not in (DISCOVERY, CORE, *self.groups):
+            return NOT_DECLARED
+        states = {r.state for r in self.results if _is_of(r, group)}
         order = (FAILED, PASSED, SKIPPED, NOT_HERE)
-        none = "not run" if group in (DISCOVERY, CORE, *self.groups) else NOT_DECLARED
-        return next((state for state in order if state in states), none)
+        return next((state for state in order if state in states), "not run")
 
     def as_json(self) -> dict[str, Any]:
         facts = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -119,7 +119,7 @@ def _is_of(result: Result, group: str) -> bool:
         return not GROUPS.keys() & set(result.needs) and (result.topic == DISCOVERY) == (
             group == DISCOVERY
         )
-    return group in result.needs
+    return group in result.needs or group == result.topic
 
 
 def from_json(facts: Any) -> Report:

@@ -6,9 +6,11 @@ import gc
 
 from drivetrain.errors import BadInput, HalError
 from drivetrain.hal.conformance.check import check, expect
+from drivetrain.hal.conformance.checks import kernels
 from drivetrain.hal.conformance.work import (
     NEW,
     OLD,
+    backend,
     busy,
     data,
     holding,
@@ -260,3 +262,42 @@ def not_while_capturing(device: Device) -> None:
         refused("launch of an unfinished graph", lambda: graph.launch(stream))
     graph.launch(stream)
     same(read(buffer, stream), NEW * 100, "the graph")
+
+
+@check("graphs")
+def of_the_driver(device: Device) -> None:
+    """The driver's own graphs: ended where none was begun, launched in flight, destroyed while
+    queued, of two streams at once."""
+    stream, other = device.stream(), device.stream()
+    driver = backend(device)
+    first, second = (holding(device, stream, OLD * 1000) for _ in range(2))
+    refused("an end without a beginning", lambda: driver.graph_end(stream.handle), HalError)
+    driver.graph_begin(stream.handle)
+    driver.graph_begin(other.handle)
+    driver.fill(first.ptr, NEW, 1000, stream.handle)
+    driver.fill(second.ptr, b"\x05", 1000, other.handle)
+    graphs = [driver.graph_end(each.handle) for each in (stream, other)]
+    same(read(first, stream) + read(second, stream), OLD * 2000, "what was captured happened")
+    busy(device, stream)
+    for graph in graphs:
+        driver.graph_launch(graph, stream.handle)
+        driver.graph_destroy(graph)
+    same(read(first, stream), NEW * 1000, "the first graph, destroyed while it was queued")
+    same(read(second, stream), b"\x05" * 1000, "the second graph, captured beside the first")
+
+
+@check("graphs", "compute", limit_s=120.0)
+def nodes_of_the_driver(device: Device) -> None:
+    """The driver's graph is native, and a launch that it does not have cannot be changed."""
+    stream = device.stream()
+    kernel = kernels.module(device).kernel("tell")
+    out = holding(device, stream, OLD * 4)
+    with stream.capture() as graph:
+        out.fill(OLD, stream=stream)
+        kernel(stream, 1, 1, out, 1)
+    expect(graph.native, "the driver declares graphs, and the core keeps a list of commands")
+    launch = kernel.plan(stream, 1, 1, out, 2)
+    refused("a node beyond the last", lambda: launch._launch.change(graph._handle, 1), HalError)
+    launch._launch.change(graph._handle, 0)
+    graph.launch(stream)
+    same(read(out, stream), (2).to_bytes(4, "little"), "the launch that was changed")
