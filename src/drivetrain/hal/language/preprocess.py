@@ -15,8 +15,8 @@ from drivetrain.hal.language.tokens import Token, scan, wrong
 
 __all__ = ["preprocess"]
 
-MOST_TOKENS = 2_000_000
-"""Of the output: nested macros can grow without bound."""
+MOST_TOKENS = 400_000
+"""Made by macros between two directives: nested ones can grow without bound."""
 
 INCLUDES = frozenset(
     """cuda.h cuda_runtime.h cuda_runtime_api.h device_launch_parameters.h math.h cmath
@@ -137,9 +137,10 @@ def _expand(tokens: Iterable[Token], macros: Mapping[str, Macro]) -> list[Token]
     """Expand all macros. A macro is not expanded in what it made itself (C11 6.10.3.4)."""
     work = list(reversed(list(tokens)))
     out: list[Token] = []
+    count = 0
     while work:
         token = work.pop()
-        if len(out) + len(work) > MOST_TOKENS:
+        if count > MOST_TOKENS:
             raise wrong(token.line, f"the macros make more than {MOST_TOKENS} tokens")
         macro = macros.get(token.text) if token.kind == "name" else None
         if token.kind == "name" and token.text == "__LINE__":
@@ -161,12 +162,15 @@ def _expand(tokens: Iterable[Token], macros: Mapping[str, Macro]) -> list[Token]
             arguments = _arguments(work, token)
             made = _substitute(macro, arguments, macros, token.line)
         for index, piece in enumerate(made):
-            made[index] = replace(
-                piece,
-                line=token.line,
-                hidden=piece.hidden | hidden,
-                space=piece.space or index == 0,
+            made[index] = Token(
+                piece.kind,
+                piece.text,
+                token.line,
+                piece.space or index == 0,
+                piece.start,
+                piece.hidden | hidden if piece.hidden else hidden,
             )
+        count += len(made)
         work.extend(reversed(made))
     return out
 

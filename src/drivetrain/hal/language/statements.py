@@ -44,6 +44,7 @@ from drivetrain.hal.language.types import (
     is_integer,
     is_scalar,
     shown,
+    size_of,
 )
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ if TYPE_CHECKING:
     from drivetrain.hal.language.check import Unit
 
 __all__ = ["Body"]
+
+MOST_OF_ONE_VARIABLE = 512 << 10
+"""Bytes: what CUDA gives a thread of local memory."""
 
 _REFUSED = {
     "goto_statement": "goto is not part of the subset",
@@ -221,6 +225,12 @@ class Body:
                 raise wrong(line, f"the array {item.name} has no size")
             kind = init.type
         self.complete(kind, line)
+        if size_of(kind) > MOST_OF_ONE_VARIABLE:
+            raise wrong(
+                line,
+                f"{item.name} has {size_of(kind)} bytes; a thread's variable has at most "
+                f"{MOST_OF_ONE_VARIABLE}",
+            )
         if isinstance(kind, Array) and init is not None and init.type != kind:
             raise wrong(line, f"an array cannot be made of a {shown(init.type)}")
         if init is not None:
