@@ -5,7 +5,7 @@
  *
  * FAKE_CL_NAME, FAKE_CL_VERSION (120, 200, 300), FAKE_CL_TYPE (cpu, gpu), FAKE_CL_DEVICES,
  * FAKE_CL_SVM (capability bits), FAKE_CL_USM=1, FAKE_CL_EXTENSIONS, FAKE_CL_MEMORY (bytes),
- * FAKE_CL_COMPILER=0. FAKE_CL_HANG=load|devices|build, FAKE_CL_ABORT likewise, FAKE_CL_NO_BINARY=1,
+ * FAKE_CL_COMPILER=0, FAKE_CL_IL=1 (a "SPIR-V" of four bytes and text). FAKE_CL_HANG=load|devices|build, FAKE_CL_ABORT likewise, FAKE_CL_NO_BINARY=1,
  * FAKE_CL_REFUSE_BINARY=1. FAKE_CL_FAULT="FUNCTION:N:CODE,..." makes the N-th call of a function
  * (0: each) return CODE; fake_cl_fail() does the same.
  */
@@ -461,6 +461,7 @@ static cl_int CL_API_CALL device_info(cl_device_id d, cl_device_info what, size_
                  setting("FAKE_CL_USM", 0) ? "cl_intel_unified_shared_memory " : "",
                  extensions ? extensions : "");
         return TEXT(text);
+    case CL_DEVICE_IL_VERSION: return TEXT(setting("FAKE_CL_IL", 0) ? "SPIR-V_1.2" : "");
     case CL_DEVICE_AVAILABLE: VALUE(cl_bool, setting("FAKE_CL_AVAILABLE", 1));
     case CL_DEVICE_COMPILER_AVAILABLE: VALUE(cl_bool, setting("FAKE_CL_COMPILER", 1));
     case CL_DEVICE_MAX_COMPUTE_UNITS: VALUE(cl_uint, 4);
@@ -749,6 +750,12 @@ static cl_program CL_API_CALL with_binary(cl_context c, cl_uint n, const cl_devi
     if (code) *code = taken ? CL_SUCCESS : CL_INVALID_BINARY;
     return taken ? program_new((const char *)data[0] + 8, sizes[0] - 8, code) : NULL;
 }
+static cl_program CL_API_CALL with_il(cl_context c, const void *il, size_t size, cl_int *code) {
+    FAULT_TO("clCreateProgramWithIL", code);
+    if (!setting("FAKE_CL_IL", 0)) die("SPIR-V, which it lacks");
+    alive(c, CONTEXTS);
+    return program_new((const char *)il + 4, size - 4, code);
+}
 static cl_int CL_API_CALL build(cl_program p, cl_uint n, const cl_device_id *d, const char *options,
                                 void(CL_CALLBACK *f)(cl_program, void *), void *user) {
     (void)n, (void)d, (void)f, (void)user, (void)options;
@@ -901,6 +908,7 @@ static void *CL_API_CALL extension(cl_platform_id p, const char *name) {
         {"clEnqueueMemcpyINTEL", (void *)usm_copy},    {"clEnqueueMemFillINTEL", (void *)usm_fill},
         {"clSetKernelArgMemPointerINTEL", (void *)set_address},
     };
+    if (!strcmp(name, "clCreateProgramWithILKHR") && setting("FAKE_CL_IL", 0)) return (void *)with_il;
     for (size_t i = 0; setting("FAKE_CL_USM", 0) && i < sizeof known / sizeof *known; i++)
         if (!strcmp(name, known[i].name)) return known[i].function;
     return NULL;
@@ -962,6 +970,7 @@ __attribute__((constructor)) static void fill_in(void) {
     table.clEnqueueBarrierWithWaitList = barrier;
     table.clGetExtensionFunctionAddressForPlatform = extension;
     table.clCreateCommandQueueWithProperties = create_queue_2;
+    if (version() >= 210) table.clCreateProgramWithIL = with_il;
     table.clSVMAlloc = svm_alloc;
     table.clSVMFree = svm_free;
     table.clEnqueueSVMMemcpy = svm_copy;

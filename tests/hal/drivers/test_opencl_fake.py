@@ -492,6 +492,32 @@ def test_memory_that_runs_out_is_told_with_requested_free_and_total(run: Run, so
     )
 
 
+def test_free_memory_and_sensors_are_told_where_somebody_knows_them(run: Run) -> None:
+    script = """
+        from drivetrain.hal.opened import opened as open_of
+        device = hal.device("opencl:0")
+        now = device.telemetry()
+        tell(memory=open_of(device).backend.memory(), used=now.memory_used_bytes,
+             total=now.memory_total_bytes, power=now.power_w, health=now.health)
+        """
+    found = run(script)
+    assert found == {
+        "memory": [1 << 30, 1 << 30],
+        "used": None,
+        "total": 1 << 30,
+        "power": None,
+        "health": "unknown",
+    }
+    # Each is another machine to the listing that is remembered.
+    amd = run(script, FAKE_CL_EXTENSIONS="cl_amd_device_attribute_query", POCL_ANY="amd")
+    assert amd["memory"] == [4096 << 10, 1 << 30]
+    processor = run(script, FAKE_CL_TYPE="cpu", POCL_ANY="processor")
+    assert processor["health"] == "ok"
+    assert 0 < processor["used"] < processor["total"]
+    nvidia = {"FAKE_CL_NAME": "NVIDIA CUDA", "FAKE_CL_EXTENSIONS": "cl_khr_device_uuid"}
+    assert run(script, **nvidia, POCL_ANY="nvidia")["health"].startswith("unknown: ")
+
+
 def test_memory_is_given_back_only_after_the_work_before(run: Run) -> None:
     run(
         """
@@ -589,13 +615,16 @@ def test_a_copy_from_the_host_that_must_wait_does_so_with_a_limit(run: Run) -> N
         hold = kernel(device, "hold", "__kernel void hold(__global int *out){}")
         buffer = device.alloc(1 << 20, stream=stream)
         hold(stream, 1, 1, None)
-        buffer.copy_from(b"a" * 1000, stream=stream)  # small ones are copied aside
+        small = device.alloc(1000, stream=stream)
+        host = bytearray(b"a" * 1000)
+        small.copy_from(host, stream=stream)  # copied aside: nothing is waited for
+        host[:] = b"b" * 1000
         os.environ["DRIVETRAIN_WAIT_LIMIT_S"] = "0.05"
         content = bytearray(1 << 20)
         refused(lambda: buffer.copy_from(content, stream=stream), Timeout)
         fake.fake_cl_release(1)
         del os.environ["DRIVETRAIN_WAIT_LIMIT_S"]
-        stream.synchronize(20)
+        assert set(words(small, stream)) == {0x61616161}
         """
     )
 
@@ -847,6 +876,23 @@ def test_other_forms_are_refused_with_those_that_are_taken(run: Run) -> None:
         spirv = bytes.fromhex("03022307") + bytes(16)
         refused(lambda: device.compile(hal.Source.binary(spirv, "spirv")), Unsupported)
         """
+    )
+
+
+@pytest.mark.parametrize("version", [120, 300])
+def test_spirv_is_taken_where_the_device_says_so(run: Run, version: int) -> None:
+    run(
+        """
+        device, stream = opened()
+        data = bytes.fromhex("03022307") + ADD.encode()
+        source = hal.Source.binary(data, "spirv", {"add": [hal.PTR, hal.I32]})
+        buffer = device.alloc(16, stream=stream)
+        buffer.fill(b"\\0", stream=stream)
+        device.compile(source).kernel("add")(stream, 1, 4, buffer, 2)
+        assert words(buffer, stream) == [2] * 4
+        """,
+        FAKE_CL_IL=1,
+        FAKE_CL_VERSION=version,
     )
 
 

@@ -54,7 +54,9 @@ class Memory:
         if found.uuid.startswith("GPU-"):
             now = nvml.telemetry(found.uuid)
             if now.memory_total_bytes and now.memory_used_bytes is not None:
-                return now.memory_total_bytes - now.memory_used_bytes, now.memory_total_bytes
+                # What was never touched may not be taken from the device yet.
+                free = now.memory_total_bytes - now.memory_used_bytes
+                return min(ours, free), now.memory_total_bytes
         return ours, self._total
 
     # -- allocate and free -----------------------------------------------------------------------
