@@ -133,6 +133,8 @@ class Cursor:
         """The tokens inside the brackets that start here, which are taken too."""
         pairs = {"(": ")", "[": "]", "{": "}"}
         opened = self.take()
+        if opened.text not in pairs:
+            raise wrong(opened.line, f"expected a bracket, found {opened.text!r}")
         closes = [pairs[opened.text]]
         inside: list[Token] = []
         while closes:
