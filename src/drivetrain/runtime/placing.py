@@ -99,7 +99,7 @@ class Placer:
         """Every listed device as it is now; those not checked yet are probed first."""
         devices = hal.devices()
         known = verdicts(devices)
-        unchecked = [d for d in devices if known[d].usable is None and not self._by_name_only(d)]
+        unchecked = [d for d in devices if known[d].usable is None and not self._passed_over(d)]
         if unchecked:
             known = {**known, **probe(unchecked)}
         seconds = self._database.step_seconds(self._key)
@@ -136,6 +136,12 @@ class Placer:
     def _by_name_only(device: Device) -> bool:
         """Another runtime on the processor, or a route that PyTorch has no device for."""
         return device.info.by_name_only or device.driver == "opencl"
+
+    def _passed_over(self, device: Device) -> bool:
+        """Whether it is used by name only, and the job does not name it."""
+        named = {str(self._spec.get("on") or ""), *map(str, self._spec.get("prefer", ()))}
+        names = {device.address, device.driver, device.vendor.lower()}
+        return self._by_name_only(device) and not names & {name.lower() for name in named}
 
     def _room(self, device: Device) -> tuple[int, int]:
         """(bytes that jobs may lease in all, bytes still free of leases) of a device's memory.

@@ -117,6 +117,32 @@ def test_a_runtime_on_the_processor_is_a_device_of_its_own_chosen_by_name(run: R
 
 
 @platform
+def test_a_job_goes_to_an_opencl_device_only_when_it_is_named(run: Run) -> None:
+    """PyTorch has none, so that ``auto`` passes over each of them."""
+    found = run(
+        """
+        from pathlib import Path
+        from drivetrain.placement.policy import Workload, place
+        from drivetrain.runtime.placing import Placer
+        from drivetrain.store.database import Database
+        Path("job.py").write_text("pass")
+
+        def chosen(**spec):
+            placer = Placer(Database(Path("store.db")), {"script": "job.py", **spec})
+            pairs = placer.candidates()
+            workload = placer._workload(spec.get("on", "auto"), ())
+            return place(workload, [candidate for candidate, _ in pairs]).address
+
+        tell(auto=chosen(), preferred=chosen(prefer=("opencl",)), asked=chosen(on=device.address),
+             address=device.address)
+        """
+    )
+    assert not found["auto"].startswith("opencl:")
+    assert found["preferred"].startswith("opencl:")
+    assert found["asked"] == found["address"]
+
+
+@platform
 @pytest.mark.parametrize("memory", ["svm", "buffers"])
 @pytest.mark.parametrize("native", ["1", "0"], ids=["native", "twin"])
 def test_the_same_kernel_in_opencl_c_and_cuda_c_gives_the_same(
