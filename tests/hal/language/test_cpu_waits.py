@@ -393,3 +393,29 @@ def test_the_twin_in_python_runs_the_same_code(tmp_path):
         [sys.executable, "-c", dedent(script)], env=environment, capture_output=True, text=True
     )
     assert done.stdout.split() == ["told"], done.stderr
+
+
+def test_functions_that_wait_may_be_called_in_a_case(kernels):
+    text = """
+    __device__ int shared_sum(int v, int *s) {
+      s[threadIdx.x] = v;
+      __syncthreads();
+      int sum = 0;
+      for (int i = 0; i < blockDim.x; i++) sum += s[i];
+      __syncthreads();
+      return sum;
+    }
+    __global__ void k(int *out, int mode) {
+      __shared__ int s[32];
+      int r = 0;
+      switch (mode) {
+        case 0: r = shared_sum(threadIdx.x, s);
+        case 1: r += shared_sum(1, s); break;
+        default: r = -1;
+      }
+      out[threadIdx.x] = r;
+    }"""
+    for mode, expected in ((0, 496 + 32), (1, 32), (2, -1)):
+        out = np.zeros(32, np.int32)
+        kernels(text)("k", 1, 32, out, mode)
+        assert (out == expected).all()

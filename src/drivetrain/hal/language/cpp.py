@@ -28,6 +28,7 @@ from drivetrain.hal.language.tokens import wrong
 from drivetrain.hal.language.tree import (
     AddressOf,
     Call,
+    Case,
     Construct,
     Decay,
     Decl,
@@ -37,7 +38,9 @@ from drivetrain.hal.language.tree import (
     Intrinsic,
     Program,
     Ref,
+    Stmt,
     Subscript,
+    Switch,
     Sync,
     Var,
     root_var,
@@ -255,6 +258,28 @@ class CppPrinter(Printer):
         if isinstance(e, Subscript) and isinstance(e.of, Decay):
             return f"{self.expr(e.of.of)}[{self.expr(e.index)}]"
         return super().expr(e)
+
+    def stmt(self, s: Stmt) -> None:
+        if not isinstance(s, Switch):
+            super().stmt(s)
+            return
+        self.out.add(f"switch ({self.expr(s.test)}) {{", s.line)
+        self.out.depth += 1
+        # What stands behind a label has a block of its own: C++ lets no jump pass a declaration.
+        opened = False
+        for inner in s.body.body:
+            label = isinstance(inner, Case)
+            if opened and label:
+                self.out.add("}")
+                opened = False
+            elif not opened and not label:
+                self.out.add("{")
+                opened = True
+            self.stmt(inner)
+        if opened:
+            self.out.add("}")
+        self.out.depth -= 1
+        self.out.add("}")
 
     def call(self, e: Call) -> str:
         return self.unit.call(e, [self.expr(argument) for argument in e.arguments])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from drivetrain.hal.language.cpp import CppPrinter, needs_thread
 from drivetrain.hal.language.cpp_lanes import Guard, Lanes, unsteady
-from drivetrain.hal.language.cpp_together import Together, together
+from drivetrain.hal.language.cpp_together import STRIP, Together, together
 from drivetrain.hal.language.fission import Agreement, Once, Plan, Region, Repeat, Way
 from drivetrain.hal.language.printer import Lines
 from drivetrain.hal.language.tree import (
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 __all__ = ["entry", "print_split"]
 
 MOST_THREADS = 1024
-STRIP = 32
-"""Lanes of a strip: four vectors of the usual width."""
 MOST_ON_STACK = 256 << 10
 """Bytes of variables with an element for each thread that lie on the stack; others are malloc's."""
 
@@ -100,7 +98,7 @@ def entry(unit: Unit, kernel: Function, symbol: str) -> None:
     out.depth += 1
     for position, var in enumerate(kernel.params):
         out.add(f"{printer.declared(var.type, f'dt_a{position}', var.line)};")
-        out.add(f"std::memcpy(&dt_a{position}, dt_arguments[{position}], sizeof dt_a{position});")
+        out.add(f"memcpy(&dt_a{position}, dt_arguments[{position}], sizeof dt_a{position});")
     out.depth -= 1
 
 
@@ -560,7 +558,7 @@ class SplitPrinter(CppPrinter):
             made = self.declared(s.var.type, "dt_value", s.line)
             self.out.add(
                 f"{{ {made} = {self.braces(s.init)}; "
-                f"std::memcpy(&{place}, &dt_value, sizeof dt_value); }}",
+                f"memcpy(&{place}, &dt_value, sizeof dt_value); }}",
                 s.line,
             )
             return

@@ -35,7 +35,7 @@ def print_fibers(unit: Unit, kernel: Function, symbol: str, layout: Layout) -> N
         name = printer.name(var)
         made = printer.declared(var.type, name, var.line, restrict=var.restrict)
         out.add(f"{made};", var.line)
-        out.add(f"std::memcpy((void *)&{name}, dt_arguments[{position}], sizeof {name});")
+        out.add(f"memcpy((void *)&{name}, dt_arguments[{position}], sizeof {name});")
     printer.block(kernel.body)
     out.depth -= 1
     out.add("}")

@@ -40,7 +40,7 @@ from drivetrain.hal.language.tree import (
     root_var,
     walk,
 )
-from drivetrain.hal.language.types import BOOL, I32, I64, U32, U64, Scalar
+from drivetrain.hal.language.types import BOOL, I32, I64, U32, U64, Scalar, size_of
 from drivetrain.hal.language.uniform import (
     DIVERGENT,
     UNIFORM,
@@ -48,7 +48,12 @@ from drivetrain.hal.language.uniform import (
     uniformity_of_row,
 )
 
-__all__ = ["Together", "together"]
+__all__ = ["STRIP", "Together", "together"]
+
+STRIP = 32
+"""Lanes that go around together when they keep something: four vectors of the usual width."""
+MOST_OF_STRIP = 64 << 10
+"""Bytes that the lanes of a strip keep."""
 
 SHORT = 16
 """Turns of a loop of known length that compilers unroll by themselves."""
@@ -78,6 +83,8 @@ def together(lanes: Lanes, expanded: Set[Var], block: Set[Var]) -> Together | No
     try:
         plan = Planner(Block(0, turned), facts, chosen, frozenset({*lanes.row, *block})).plan()
     except NotSplittable:
+        return None
+    if STRIP * sum(size_of(var.type) for var in plan.expanded) > MOST_OF_STRIP:
         return None
     return Together(plan, changed)
 
@@ -118,7 +125,9 @@ class _Turner:
         step = self.lanes.step(init)
         if step is None or step <= 0 or not self._strides(loop.step, var):
             return None
-        if _writes(var, loop.body) or any(_names(var, stmt) for stmt in rest):
+        if var in self.lanes.expanded or _writes(var, loop.body):
+            return None
+        if any(_names(var, stmt) for stmt in rest):
             return None
         if not self._bounded(loop.test, var):
             return None

@@ -1,11 +1,9 @@
 /* Run time of kernels on the CPU. One thread of the caller runs whole blocks; a block's threads
    run as loops, or on small stacks of their own where they must wait inside what cannot be split. */
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <new>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
@@ -43,7 +41,7 @@ DT_ONE(round) DT_ONE(rint) DT_ONE(nearbyint) DT_ONE(fabs)
 DT_TWO(pow) DT_TWO(atan2) DT_TWO(fmod) DT_TWO(hypot) DT_TWO(copysign)
 DT_TWO(fdim) DT_TWO(remainder) DT_TWO(nextafter)
 /* A number wins over NaN, and -0 is below +0, as in CUDA; written so that a vector unit can do it. */
-#define DT_FLOAT(T, W, SIGN) \
+#define DT_FLOAT(T, W, F, SIGN) \
   static inline T dt_fmin_##W(T x, T y) { return x != x ? y : y < x ? y : x == y && SIGN(y) ? y : x; } \
   static inline T dt_fmax_##W(T x, T y) { return x != x ? y : y > x ? y : x == y && SIGN(x) ? y : x; } \
   static inline T dt_rsqrt_##W(T x) { return (T)1 / dt_sqrt_##W(x); } \
@@ -52,14 +50,14 @@ DT_TWO(fdim) DT_TWO(remainder) DT_TWO(nextafter)
   static inline bool dt_isinf_##W(T x) { return dt_fabs_##W(x) == (T)__builtin_inf(); } \
   static inline bool dt_isfinite_##W(T x) { return dt_fabs_##W(x) < (T)__builtin_inf(); } \
   static inline bool dt_signbit_##W(T x) { return SIGN(x); } \
-  static inline T dt_sinpi_##W(T x) { return dt_sin_##W((T)(3.14159265358979323846 * std::fmod((double)x, 2.0))); } \
-  static inline T dt_cospi_##W(T x) { return dt_cos_##W((T)(3.14159265358979323846 * std::fmod((double)x, 2.0))); } \
-  static inline T dt_ldexp_##W(T x, int n) { return std::ldexp(x, n); } \
-  static inline T dt_fma_##W(T x, T y, T z) { return std::fma(x, y, z); }
+  static inline T dt_sinpi_##W(T x) { return dt_sin_##W((T)(3.14159265358979323846 * __builtin_fmod((double)x, 2.0))); } \
+  static inline T dt_cospi_##W(T x) { return dt_cos_##W((T)(3.14159265358979323846 * __builtin_fmod((double)x, 2.0))); } \
+  static inline T dt_ldexp_##W(T x, int n) { return __builtin_ldexp##F(x, n); } \
+  static inline T dt_fma_##W(T x, T y, T z) { return __builtin_fma##F(x, y, z); }
 static inline bool dt_sign_f32(float x) { return dt_float_as_int(x) < 0; }
 static inline bool dt_sign_f64(double x) { return dt_double_as_longlong(x) < 0; }
-DT_FLOAT(float, f32, dt_sign_f32)
-DT_FLOAT(double, f64, dt_sign_f64)
+DT_FLOAT(float, f32, f, dt_sign_f32)
+DT_FLOAT(double, f64, , dt_sign_f64)
 @COMMON@
 static inline int dt_f64_to_i32(double x) {
   return x >= 2147483648.0 ? 2147483647 : !(x > -2147483649.0) ? -2147483647 - 1 : (int)x;
@@ -185,7 +183,7 @@ static inline char *dt_aligned(char *p) { return (char *)(((uintptr_t)p + 127) &
 template <class Run>
 static int dt_run(const dt_cpu_range *range, size_t fixed, size_t each, size_t arrays, Run run) {
   dt_block b;
-  std::memset(&b, 0, sizeof b);
+  memset(&b, 0, sizeof b);
   uint64_t threads = 1;
   for (int i = 0; i < 3; i++) {
     b.grid[i] = range->grid[i];
@@ -195,7 +193,7 @@ static int dt_run(const dt_cpu_range *range, size_t fixed, size_t each, size_t a
   }
   b.threads = (uint)threads;
   const size_t bytes = fixed + range->shared + each * threads + 128 * (arrays + 4);
-  char *memory = (char *)std::malloc(bytes);
+  char *memory = (char *)malloc(bytes);
   if (!memory) return 1;
   b.shared = dt_aligned(memory);
   b.dynamic = dt_aligned(b.shared + fixed);
@@ -208,7 +206,7 @@ static int dt_run(const dt_cpu_range *range, size_t fixed, size_t each, size_t a
     b.index[2] = (uint)(i / nx / ny);
     code = run(b);
   }
-  std::free(memory);
+  free(memory);
   return code;
 }
 

@@ -73,7 +73,7 @@ static void dt_prepare(dt_fibers *f, uint t) {
   fiber.stack_pointer = top;
 #elif defined(__aarch64__)
   char *top = (char *)((uintptr_t)(low + f->stack_bytes) & ~(uintptr_t)15) - 160;
-  std::memset(top, 0, 160);
+  memset(top, 0, 160);
   *(void **)(top + 88) = (void *)dt_entry;
   fiber.stack_pointer = top;
 #else
@@ -185,12 +185,12 @@ struct dt_stacks {
   dt_fibers fibers;
   dt_stacks(const dt_cpu_range *range, size_t stack_bytes) {
     const uint count = range->block[0] * range->block[1] * range->block[2];
-    std::memset((void *)&fibers, 0, sizeof fibers);
+    memset((void *)&fibers, 0, sizeof fibers);
     fibers.count = count;
     fibers.stack_bytes = stack_bytes;
-    fibers.stacks = (char *)std::malloc(stack_bytes * count);
-    fibers.all = (dt_fiber *)std::calloc(count, sizeof(dt_fiber));
+    fibers.stacks = (char *)malloc(stack_bytes * count);
+    fibers.all = (dt_fiber *)calloc(count, sizeof(dt_fiber));
   }
-  ~dt_stacks() { std::free(fibers.stacks); std::free(fibers.all); }
+  ~dt_stacks() { free(fibers.stacks); free(fibers.all); }
   bool ok() const { return fibers.stacks && fibers.all; }
 };
