@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from drivetrain.hal.memory import Buffer
     from drivetrain.hal.opened import close_all
     from drivetrain.hal.pool import Pool
+    from drivetrain.hal.recording import record
+    from drivetrain.hal.replaying import replay
     from drivetrain.hal.resource import (
         Aligned,
         DriverMemory,
@@ -75,6 +77,8 @@ _LATE = {
     "Variant": "language.variants",
     "Variants": "language.variants",
     "close_all": "opened",
+    "record": "recording",
+    "replay": "replaying",
 }
 """What is imported when it is first asked for: listing devices needs none of it."""
 
@@ -144,5 +148,7 @@ __all__ = [
     "from_dlpack",
     "ops",
     "profile",
+    "record",
+    "replay",
     "struct_of",
 ]
