@@ -419,9 +419,78 @@ def test_a_wrapped_memory_keeps_its_owner_and_frees_nothing(rig: Any) -> None:
     assert left() is not None
     assert rig.read(wrapped, stream) == b"\x05" * 256
     wrapped.close()
+    stream.synchronize()
     gc.collect()
     assert left() is None
     assert rig.read(theirs, stream) == b"\x05" * 256
+
+
+@pytest.mark.parametrize("how", ["close", "forget", "view", "event"])
+def test_an_owner_lives_until_the_work_that_was_queued_on_its_memory_is_done(
+    rig: Any, how: str
+) -> None:
+    class Owner:
+        pass
+
+    stream = rig.device.stream()
+    theirs = rig.alloc(4096, stream)
+    owner = Owner()
+    left = weakref.ref(owner)
+    wrapped = rig.device.wrap(theirs.ptr, 4096, owner=owner)
+    del owner
+    rig.slow(stream, 0.1)
+    if how == "view":
+        wrapped.view(16, 16).fill(b"\x01", stream=stream)
+    elif how == "event":
+        far = rig.other.stream()
+        far.wait(stream)
+        rig.alloc(4096, far).copy_from(wrapped, stream=far)
+        stream = far
+    else:
+        wrapped.fill(b"\x01", stream=stream)
+    if how == "close":
+        wrapped.close()
+        assert wrapped.closed
+    del wrapped
+    gc.collect()
+    assert left() is not None
+    stream.synchronize()
+    rig.device.synchronize()
+    opened(rig.device).inner_stream("heir").synchronize()
+    opened(rig.device).inner_stream("copy").synchronize()
+    opened(rig.other).inner_stream("heir").synchronize()
+    gc.collect()
+    assert left() is None
+    theirs.close()
+
+
+def test_owners_do_not_pile_up_where_nobody_synchronises(rig: Any) -> None:
+    stream = rig.device.stream()
+    memory = rig.alloc(4096, stream)
+    for turn in range(500):
+        rig.device.wrap(memory.ptr, 4096, owner=bytearray(8)).fill(b"\0", stream=stream)
+        if turn % 50 == 0:
+            stream.record().synchronize()
+    assert len(stream._held) < 200
+    stream.synchronize()
+    assert not stream._held
+
+
+def test_an_owner_that_holds_its_buffer_is_collected(rig: Any) -> None:
+    class Tensor:
+        def __init__(self, memory: hal.Buffer) -> None:
+            self.memory = memory
+            self.buffer = rig.device.wrap(memory.ptr, memory.nbytes, owner=self)
+
+    stream = rig.device.stream()
+    tensor = Tensor(rig.alloc(256, stream))
+    left = weakref.ref(tensor)
+    pool = rig.device.pool()
+    assert pool.stats().live == 1
+    del tensor
+    gc.collect()
+    assert left() is None
+    assert pool.stats().live == 0
 
 
 def test_a_wrapped_stream_is_used_and_left_alone(rig: Any) -> None:

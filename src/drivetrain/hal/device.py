@@ -177,7 +177,7 @@ class Device:
     ) -> Buffer:
         """Memory that somebody else allocated on this device, as a buffer that keeps ``owner``
         alive. Closing it frees nothing."""
-        from drivetrain.hal.memory import Buffer
+        from drivetrain.hal.memory import Wrapped
         from drivetrain.hal.opened import opened
 
         right = isinstance(ptr, int) and isinstance(nbytes, int) and 0 <= nbytes < 1 << 48
@@ -185,7 +185,7 @@ class Device:
             raise BadInput(f"wrap: {nbytes!r} bytes at {ptr!r}; give an address and a size")
         found = opened(self)
         # Nobody reads nothing, but a buffer at address 0 is a closed one.
-        return Buffer(found, ptr or found.backend.alignment, nbytes, kind, root=owner)
+        return Wrapped(found, ptr or found.backend.alignment, nbytes, kind, owner)
 
     def stream(self, *, priority: int = 0) -> Stream:
         """A new stream; a lower ``priority`` goes first where the device knows priorities."""
@@ -205,7 +205,10 @@ class Device:
         from drivetrain.hal.stream import Stream
 
         if not isinstance(handle, int) or not 0 < handle < 1 << 64:
-            raise BadInput(f"wrap_stream: a handle of {handle!r}; give a stream of its own")
+            raise BadInput(
+                f"wrap_stream: a handle of {handle!r}; give a stream of its own (CUDA's default "
+                "stream is 1)"
+            )
         return Stream(opened(self), handle, owner=(owner,))
 
     def compile(self, source: Source, *, options: Sequence[str] = ()) -> Module:

@@ -306,6 +306,40 @@ class Buffer(BufferCore):
         return dlpack.export(self, (self.nbytes,), (1,), "uint8", stream=stream, **options)
 
 
+class Wrapped(Buffer):
+    """Memory of somebody else, which ``owner`` keeps alive and who may well hold this buffer: a
+    slot of this class is seen by the garbage collector, fields of the core are not."""
+
+    __slots__ = ("_owner",)
+
+    def __init__(
+        self, opened: Opened, ptr: int, nbytes: int, kind: MemoryKind, owner: object
+    ) -> None:
+        super().__init__(opened, ptr, nbytes, kind)
+        self._owner = owner
+
+    def _close(self, stream: Stream | None = None) -> None:
+        if stream is not None and self.ptr:
+            _same_device(self._opened, stream, "close")
+            self._note(stream)
+        owner, self._owner = self._owner, None
+        super()._close()
+        # Work that is queued may use the memory still: those streams keep the owner until then.
+        for user in tuple(self._users or ()):
+            user._hold(owner)
+        for event in self._waits or ():
+            heir = event._opened.inner_stream("heir")
+            heir.wait(event)
+            heir._hold(owner)
+
+    def __del__(self) -> None:
+        if self.ptr:
+            try:
+                self._close()
+            except Exception:
+                pass  # a device is closed or lost: nothing runs there any more
+
+
 def alloc(
     device: Device,
     nbytes: int,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ hot.bind_event(Event)
 class Stream(StreamCore):
     """Work of one device in order. Made by ``Device.stream`` and ``Device.wrap_stream``."""
 
-    __slots__ = ("__weakref__", "_heir", "_keeping", "_kept", "_owner")
+    __slots__ = ("__weakref__", "_heir", "_held", "_keeping", "_kept", "_owner")
 
     if TYPE_CHECKING:  # they are in the core, in C or its twin
         _opened: Opened
@@ -107,6 +108,7 @@ class Stream(StreamCore):
         self._owner = owner
         self._heir: Stream | None = None
         self._kept: list[object] = []
+        self._held: deque[tuple[int, object]] = deque()
         self._keeping = threading.RLock()  # a finaliser may come in between
         self._timing = "timing" in opened.backend.groups
         self._events = opened.free_events(self._timing)
@@ -130,6 +132,8 @@ class Stream(StreamCore):
             heir = opened.inner_stream("heir")
             heir.wait(self)
             heir._keep(self._take_kept())
+            with heir._keeping:
+                heir._held += self._held
             self._heir, self.handle = heir, 0
             opened.end_stream(handle, heir.handle, self._owner is None, wait=wait)
         except DeviceLost:
@@ -224,6 +228,7 @@ class Stream(StreamCore):
                 self._put_kept(kept)
         if not finished:
             raise late(self._opened, "stream.synchronize", limit)
+        self._let_held_go()
 
     @property
     def done(self) -> bool:
@@ -238,6 +243,8 @@ class Stream(StreamCore):
         finally:
             if not finished:
                 self._put_kept(kept)
+        if finished:
+            self._let_held_go()
         return finished
 
     @contextmanager
@@ -341,6 +348,30 @@ class Stream(StreamCore):
             self._kept += things
         if len(self._kept) > _MOST_KEPT and self._graph is None and not self.done:
             self.synchronize()
+
+    def _hold(self, thing: object) -> None:
+        """The same for finalisers: it never waits."""
+        at = self if self.handle or self._heir is None else self._heir
+        if not at.handle:
+            return
+        if at._graph is not None:  # no event can be recorded now
+            with at._keeping:
+                at._kept.append(thing)
+            return
+        event = at._opened.take_event()
+        at._opened.backend.event_record(event, at.handle)
+        with at._keeping:
+            at._held.append((event, thing))
+        at._let_held_go()
+
+    def _let_held_go(self) -> None:
+        """Forget what is held for work that is done."""
+        backend = self._opened.backend
+        with self._keeping:
+            while self._held and backend.event_done(self._held[0][0]):
+                event, thing = self._held.popleft()
+                self._opened.give_event(event)
+                del thing
 
     def _take_kept(self) -> list[object]:
         with self._keeping:
