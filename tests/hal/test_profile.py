@@ -501,3 +501,29 @@ def test_ranges_reach_the_tools_package(tmp_path: Path) -> None:
     )
     path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH", "")]))
     assert used(tmp_path, PYTHONPATH=path)[: len(SAID)] == SAID
+
+
+def test_a_librarys_product_is_a_kernel_with_its_operations(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from drivetrain.hal import ops, product
+    from drivetrain.hal.blas import Choice
+
+    class Library:
+        name, dtypes = "A library 1.0 (somewhere)", frozenset({"float32"})
+
+        def multiply(self, product: Any, out: Any, a: Any, b: Any, on: hal.Stream) -> None:
+            out.fill(b"\0\0\0\0", stream=on)
+
+    chip = simulated(monkeypatch)
+    a = ops.ones((8, 16), dtype=ops.float32, device=chip)
+    b = ops.ones((16, 4), dtype=ops.float32, device=chip)
+    monkeypatch.setattr(product.blas, "backend", lambda opened: Choice(Library()))  # type: ignore[attr-defined]
+    on_gpu = type("Target", (), {"kind": "cuda"})()
+    opened = a.live_stream._opened
+    monkeypatch.setattr(opened.backend, "target", on_gpu)
+    with hal.profile(peaks={"simulated:0": hal.Peaks(flops={"float32": 1e12})}) as profile:
+        ops.matmul(a, b)
+    found = line(profile, "kernel", "matrix product by A library 1.0")
+    assert (found.flops, found.nbytes) == (2 * 8 * 16 * 4, 4 * (8 * 16 + 16 * 4 + 8 * 4))
+    assert profile.as_json()["kernels"][0]["bound"] == "compute"

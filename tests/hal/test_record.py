@@ -326,3 +326,21 @@ def test_another_format_is_named(tmp_path: Path) -> None:
     path = written(tmp_path / "newer", [], version=2)
     with pytest.raises(BadInput, match="format 2"):
         hal.replay(path)
+
+
+def test_a_product_by_a_library_of_this_process_is_not_recorded(
+    device: hal.Device, tmp_path: Path
+) -> None:
+    from drivetrain.hal import ops
+
+    if ops.matmul_backend(device).startswith("own"):
+        pytest.skip("the processor's products are our own here")
+    a = ops.ones((64, 64), dtype=ops.float32, device=device)
+    recording = hal.record(tmp_path / "calls")
+
+    def product() -> None:
+        with recording:
+            ops.matmul(a, a)
+
+    with pytest.warns(RuntimeWarning, match="without its source"):
+        product()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput
-from drivetrain.hal import blas, layout, strided
+from drivetrain.hal import blas, layout, strided, watch
 from drivetrain.hal.array import Array
 from drivetrain.hal.blas import Product
 from drivetrain.hal.dtype import promoted
@@ -60,9 +61,22 @@ def _multiply(out: Array, a: Array, b: Array, batch: Shape, on: Stream, tf32: bo
         fitted = _fitted(out, a, b, batch, on, tf32)
         if fitted is not None:
             product, a, b = fitted
-            choice.blas.multiply(product, out.writes(on), a.reads(on), b.reads(on), on)
+            used = out.writes(on), a.reads(on), b.reads(on)
+            with _told(choice, product, on) if watch.active else watch.NOBODY:
+                choice.blas.multiply(product, *used, on)
             return
     own(out, a, b, batch, on)
+
+
+def _told(choice: blas.Choice, p: Product, on: Stream) -> AbstractContextManager[None]:
+    """Tell those who watch of a library's product, as of a kernel; the cpu's is a kernel anyway."""
+    if opened(on.device).backend.target.kind == "cpu":
+        return watch.NOBODY
+    name = f"matrix product by {choice.name.partition(' (')[0]}"
+    work = watch.Work("kernel", name, on._opened, on.handle, captured=on._graph is not None)
+    work.nbytes = p.dtype.nbytes * p.count * (p.m * p.k + p.k * p.n + p.m * p.n)
+    work.flops, work.dtype = 2.0 * p.m * p.n * p.k * p.count, p.dtype.name
+    return watch.around(work)
 
 
 def _fitted(

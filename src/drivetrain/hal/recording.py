@@ -256,6 +256,8 @@ class Recording:
             self._stream(work.opened, work.stream)
         if work.launch is not None:
             self._kernel(work.launch.kernel)
+        elif work.kind == "kernel":
+            raise Stop(f"{work.name} is a library's work; DRIVETRAIN_BLAS=own does without it")
 
     def ends(self, work: Work, token: bool, error: BaseException | None) -> None:
         if work.kind == "link":

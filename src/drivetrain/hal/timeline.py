@@ -272,7 +272,7 @@ class Collector:
         elif work.kind in ("copy", "fill") or work.nbytes:
             span.nbytes, span.bytes_are = work.nbytes, "exact"
         if work.flops is not None:
-            span.flops = work.flops
+            span.flops, span.dtype, span.bytes_are = work.flops, work.dtype, "declared"
 
     def _start(self, work: Work, token: _Token) -> None:
         opened = work.opened

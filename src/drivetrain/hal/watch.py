@@ -54,6 +54,8 @@ class Work:
     """It is one step of a ``link``."""
     flops: float | None = None
     """Of work that is no kernel of ours (a vendor's library): operations, where they are known."""
+    dtype: str = ""
+    """Of those operations."""
 
 
 class Watcher(Protocol):

@@ -144,7 +144,9 @@ class Cblas:
         self.name = f"{functions.version} ({library.path})"
         types = [PTR, PTR, PTR, struct_of(_RECORD.size)]
         source = Source.binary(_caller(), "so", {"blas_gemm": types}, name="blas.so")
-        self._kernel = opened.device.compile(source).kernel("blas_gemm")
+        module = opened.device.compile(source)
+        module._made_of = None  # its arguments are addresses of this process: never recorded
+        self._kernel = module.kernel("blas_gemm")
         self._threads = max(1, opened.device.info.isolation.threads)
 
     def multiply(self, product: Product, out: Buffer, a: Buffer, b: Buffer, on: Stream) -> None:
