@@ -509,6 +509,10 @@ class Module:
         Raises BadInput for an unknown name, or types that are not the source's.
         """
         facts = self._kernels.get(name)
+        if facts is None and self._kernels and "<" in str(name):
+            from drivetrain.hal.language.names import plain_name
+
+            facts = self._kernels.get(plain_name(name))
         if facts is None and self._kernels:
             raise BadInput(f"there is no kernel {name!r}; there are {', '.join(self._kernels)}")
         if args is None:

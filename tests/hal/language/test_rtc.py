@@ -18,7 +18,7 @@ from drivetrain.hal.driver import Target
 from drivetrain.hal.language import compile
 from drivetrain.hal.language.compilers import rtc, rtc_library
 from drivetrain.hal.language.compilers.rtc_kernels import entry_sizes, written_kernels
-from drivetrain.hal.language.facts import Compiled
+from drivetrain.hal.language.facts import Compiled, Param
 from drivetrain.hal.language.frontend import program
 from drivetrain.hal.language.options import read_options
 from drivetrain.hal.language.signature import kernel_params
@@ -302,14 +302,14 @@ def test_without_the_parser_a_kernel_without_types_of_its_own_is_told(
     with_parser = {kernel.name: kernel for kernel in written_kernels(text, {})}
     monkeypatch.setitem(sys.modules, "tree_sitter", None)
     without = {kernel.name: kernel for kernel in written_kernels(text, {})}
-    assert [name for name, kernel in without.items() if kernel.told] == [
+    assert [name for name, kernel in without.items() if kernel.facts.params is not None] == [
         "late", "mine", "deep::er::inside",
     ]  # fmt: skip
     for name in ("late", "mine", "deep::er::inside"):
         assert without[name].facts == with_parser[name].facts
     assert with_parser["named"].facts.launch_bounds == 64
     (alone,) = written_kernels("__global__ void __launch_bounds__(2 * 32, 1) k(uint n) {}", {})
-    assert (alone.told, alone.facts.launch_bounds) == (True, 64)
+    assert (alone.facts.params, alone.facts.launch_bounds) == ((Param("u32", 4, "n"),), 64)
 
 
 def test_parameters_that_the_compiler_has_otherwise_are_not_told() -> None:

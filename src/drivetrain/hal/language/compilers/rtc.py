@@ -273,7 +273,7 @@ def _facts(
             continue
         facts = replace(kernel.facts, symbol=symbol)
         told = [param.nbytes for param in facts.params or ()]
-        if not kernel.told or told != list(sizes.get(symbol, told)):
+        if told != list(sizes.get(symbol, told)):
             facts = replace(facts, params=None)
         out[kernel.name] = facts
     for symbol in sizes if not out else ():

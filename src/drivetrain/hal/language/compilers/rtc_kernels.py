@@ -35,8 +35,6 @@ class Written:
     name: str
     """As the user calls it."""
     facts: KernelFacts
-    told: bool = False
-    """Its parameters are known."""
 
 
 def written_kernels(text: str, defines: Mapping[str, str]) -> list[Written]:
@@ -46,28 +44,23 @@ def written_kernels(text: str, defines: Mapping[str, str]) -> list[Written]:
         found = _Scan(scan(plain))
     except (CompileError, RecursionError):
         return []
-    headers = _headers(plain)
+    unit = _unit(plain)
     out: list[Written] = []
     for kernel in found.kernels:
         reached = found.reached(kernel.base)
-        base = KernelFacts(
+        facts = KernelFacts(
             kernel.expression,
-            (),
+            None,
             dynamic_shared=_EXTERN_SHARED in reached,
             barriers=any(_WAITS.fullmatch(word) for word in reached),
         )
-        written = Written(kernel.expression, kernel.expression, base)
-        known = headers.get(kernel.base, [])
-        mine = [other for other in found.kernels if other.base == kernel.base]
-        # Instances of one template come in the order in which they are asked for.
-        if len(known) == len(mine) and "::" not in kernel.expression.partition("<")[0]:
-            header = known[mine.index(kernel)]
-            facts = replace(base, params=header.params, launch_bounds=header.bounds)
-            written = Written(kernel.expression, header.name, facts, told=True)
-        elif "<" not in kernel.expression and (alone := _alone(kernel)) is not None:
-            facts = replace(base, params=alone.params, launch_bounds=alone.bounds)
-            written = Written(kernel.expression, kernel.expression, facts, told=True)
-        out.append(written)
+        name = kernel.expression
+        header = _header(unit, kernel)
+        if header is not None:
+            facts = replace(facts, params=header.params, launch_bounds=header.bounds)
+            if header.name not in [other.name for other in out]:
+                name = header.name
+        out.append(Written(kernel.expression, name, facts))
     return out
 
 
@@ -81,46 +74,54 @@ class _Header:
     bounds: int
 
 
-def _headers(plain: str) -> dict[str, list[_Header]]:
-    """By a kernel's bare name; only those that the front end can read."""
+def _unit(plain: str) -> Unit:
+    """The source as far as the front end can read it; without its parser, what CUDA C has."""
     from drivetrain.hal.language.check import Unit
     from drivetrain.hal.language.syntax import parse
 
-    out: dict[str, list[_Header]] = {}
+    empty: Any = SimpleNamespace(children=())
     try:
-        unit = Unit(parse(plain).root_node, lenient=True)
+        return Unit(parse(plain).root_node, lenient=True)
     except (DrivetrainError, RecursionError):
-        return out  # it is not installed, or the source is too much for it
-    once = [(t, ()) for t in unit.templates if t.kernel and not t.params and t.special is None]
-    for template, bound in (*once, *unit.wanted):
-        try:
-            header = _header(unit, template, bound)
-        except (DrivetrainError, RecursionError):
-            continue  # a part of the language that it does not know
-        out.setdefault(template.name, []).append(header)
-    return out
+        return Unit(empty, lenient=True)
 
 
-def _alone(kernel: _Kernel) -> _Header | None:
-    """From its own words, without the rest of the source: enough where no type is the user's."""
-    from drivetrain.hal.language.check import Unit
+def _header(unit: Unit, kernel: _Kernel) -> _Header | None:
+    from drivetrain.hal.language.expressions import Reader
+    from drivetrain.hal.language.scope import Cursor, Overloads
+
+    try:
+        if not kernel.arguments:
+            template = _written(kernel)
+            return _filled(unit, template, (), kernel.expression)
+        known = unit.scope.find(kernel.base)
+        if kernel.path or not isinstance(known, Overloads):
+            return None
+        line = kernel.arguments[0].line
+        cursor = Cursor(list(kernel.arguments), line)
+        explicit = Reader(cursor, unit.scope, unit).template_arguments()
+        for template in known.templates:
+            bound = unit.deduce(template, explicit, None, line) if template.kernel else None
+            if bound is not None and len(bound) == len(template.params) > 0:
+                return _filled(unit, template, bound, template.name)
+    except (DrivetrainError, RecursionError):
+        pass  # a part of the language that it does not know
+    return None
+
+
+def _written(kernel: _Kernel) -> Template:
     from drivetrain.hal.language.scope import Template
 
-    words = [token.text for token in kernel.head]
+    head = kernel.head
+    words = [token.text for token in head]
     bounds: tuple[Token, ...] = ()
     if "__launch_bounds__" in words:
         start = words.index("__launch_bounds__") + 2
-        bounds = tuple(takewhile(lambda token: token.text not in (",", ")"), kernel.head[start:]))
-    line = kernel.head[0].line
-    empty: Any = SimpleNamespace(children=())
-    try:
-        unit = Unit(empty, lenient=True)
-        return _header(unit, Template(kernel.base, line, kernel.head, None, (), True, bounds), ())
-    except (DrivetrainError, RecursionError):
-        return None
+        bounds = tuple(takewhile(lambda token: token.text not in (",", ")"), head[start:]))
+    return Template(kernel.base, head[0].line, head, None, (), True, bounds)
 
 
-def _header(unit: Unit, template: Template, bound: Bound) -> _Header:
+def _filled(unit: Unit, template: Template, bound: Bound, name: str) -> _Header:
     from drivetrain.hal.language.signature import kernel_params
     from drivetrain.hal.language.tree import Function, Var
     from drivetrain.hal.language.types import shown
@@ -132,8 +133,7 @@ def _header(unit: Unit, template: Template, bound: Bound) -> _Header:
     bounds = 0
     if template.launch_bounds:
         bounds = unit.constant_of(list(template.launch_bounds), header.scope)
-    name = template.name + (f"<{words}>" if template.params else "")
-    return _Header(name, params, bounds)
+    return _Header(name + (f"<{words}>" if bound else ""), params, bounds)
 
 
 # -- the scan --------------------------------------------------------------------------------------
@@ -146,6 +146,10 @@ _ATTRIBUTES = ("__launch_bounds__", "__attribute__", "__align__", "alignas", "__
 class _Kernel:
     expression: str
     base: str
+    path: str = field(default="", compare=False)
+    """``a::b::`` of the namespaces around it."""
+    arguments: tuple[Token, ...] = field(default=(), compare=False)
+    """Of an instance of a template: ``<float, 4>``."""
     head: tuple[Token, ...] = field(default=(), compare=False)
     """Its words before the body."""
 
@@ -238,8 +242,8 @@ class _Scan:
             return True
         if words[0] == "template" and words[1:3] != ["<", ">"]:
             return True  # a template: its instances are named elsewhere
-        arguments = _joined(head[after : _closing(head, after)]) if words[0] == "template" else ""
-        self._note(scope, name, arguments, tuple(head))
+        arguments = head[after : _closing(head, after)] if words[0] == "template" else []
+        self._note(scope, name, arguments, head)
         return True
 
     def _declared(self, tokens: list[Token], scope: tuple[str, ...]) -> None:
@@ -251,17 +255,19 @@ class _Scan:
         place = None if brackets is None else _name_at(tokens, brackets)
         if place is None or words[place + 1 : place + 2] != ["<"]:
             return
-        arguments = _joined(tokens[place + 1 : _closing(tokens, place + 1)])
+        arguments = tokens[place + 1 : _closing(tokens, place + 1)]
         before: list[str] = []
         while place >= 2 and words[place - 1] == "::":
             before.insert(0, words[place - 2])
             place -= 2
-        self._note((*scope, *before), words[place + 2 * len(before)], arguments)
+        self._note((*scope, *before), words[place + 2 * len(before)], arguments, tokens)
 
     def _note(
-        self, scope: tuple[str, ...], name: str, arguments: str, head: tuple[Token, ...] = ()
+        self, scope: tuple[str, ...], name: str, arguments: list[Token], head: list[Token]
     ) -> None:
-        kernel = _Kernel("::".join((*scope, name)) + arguments, name, head)
+        path = "".join(f"{part}::" for part in scope)
+        expression = path + name + _joined(arguments)
+        kernel = _Kernel(expression, name, path, tuple(arguments), tuple(head))
         if kernel not in self.kernels:
             self.kernels.append(kernel)
 
