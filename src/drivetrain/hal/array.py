@@ -168,11 +168,14 @@ class Array:
                     f"elements of {value.dtype} are not written to an array of {self.dtype}; "
                     "convert them with astype"
                 )
-            strided.elementwise("astype", (value,), self.dtype, self.dtype, on, out=self)
+            if value.dtype == self.dtype:
+                strided.copied(value, on, self)
+            else:
+                strided.elementwise("astype", (value,), self.dtype, self.dtype, on, out=self)
             return
         on = strided.stream_for((self,), stream, "assign")
         single = ops.full((), value, dtype=self.dtype, stream=on)
-        strided.elementwise("astype", (single,), self.dtype, self.dtype, on, out=self)
+        strided.copied(single, on, self)
 
     # -- elsewhere -----------------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ def elementwise(
     steps = [layout.stretched(each.shape, each.strides, shape, name) for each in arrays]
     extents, strides = layout.joined(shape, out.strides, *steps)
     offsets = (out.offset, *(each.offset for each in arrays))
-    inner, rows, words, packed = element_kernels.walk(extents, offsets, strides)
+    inner, rows, outer, words, packed = element_kernels.walk(extents, offsets, strides)
     kinds: list[Operand] = []
     values: list[Any] = []
     at = 0
@@ -100,7 +100,7 @@ def elementwise(
         common,
         Operand(out.dtype, words[0]),
         tuple(kinds),
-        element_kernels.outer_rank(extents),
+        outer,
     )
     rule = element_kernels.rule(inner, rows)
     launch(found, stream, rule, out.writes(stream), *values, packed)
@@ -111,7 +111,7 @@ def _apart(array: Array, out: Array, op: str, stream: Stream) -> Array:
     """The array, or a copy of it where writing ``out`` would change elements yet to be read."""
     if array.memory is not out.memory or _same_place(array, out):
         return array
-    return compact(array, stream, always=True)
+    return copied(array, stream)
 
 
 def _same_place(a: Array, b: Array) -> bool:
@@ -143,7 +143,23 @@ def compact(array: Array, stream: Stream, *, always: bool = False) -> Array:
             rule = transpose.rule(rows, columns)
             launch(found, stream, rule, *where, rows, columns, strides[1], array.offset)
             return out
-    return elementwise("astype", (array,), array.dtype, array.dtype, stream)
+    return copied(array, stream)
+
+
+def copied(array: Array, stream: Stream, out: Array | None = None) -> Array:
+    """The elements in ``out``, which has their type, or in a new array: bit for bit, so one kernel
+    does for all types of a size."""
+    out = new(array.shape, array.dtype, stream) if out is None else out
+    bits = DTYPES[f"uint{array.dtype.bits}"]
+    source, target = _seen_as(array, bits), _seen_as(out, bits)
+    elementwise("astype", (source,), bits, bits, stream, target)
+    return out
+
+
+def _seen_as(array: Array, dtype: DType) -> Array:
+    from drivetrain.hal.array import Array
+
+    return Array(array.memory, array.offset, array.shape, array.strides, dtype, array.stream)
 
 
 # -- reductions ------------------------------------------------------------------------------------

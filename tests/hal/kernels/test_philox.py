@@ -69,7 +69,8 @@ def test_a_later_counter_goes_on_where_the_first_ended() -> None:
 def test_floats_lie_in_the_unit_interval_and_are_spread_evenly() -> None:
     for kind, dtype in (("float32", "float32"), ("float64", "float64"), ("float16", "float16")):
         found = made(kind, 1 << 16, dtype, 3).astype(np.float64)
-        assert found.min() >= 0 and found.max() < 1
+        assert found.min() >= 0
+        assert found.max() < 1
         counts = np.histogram(found, 64, (0, 1))[0]
         assert abs(counts - 1024).max() < 6 * 32
     top = made("float32", 1 << 20, "float32", 4)

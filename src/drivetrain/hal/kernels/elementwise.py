@@ -134,25 +134,25 @@ def rule(inner: int, outer: int) -> Launch:
     return Launch((blocks(inner, width), high, blocks(rows, high)), (width, height))
 
 
-def outer_rank(shape: Shape) -> int:
-    """`elementwise`'s ``outer`` for a walk over this shape."""
-    return rank_class(max(len(shape) - 1, 0))
-
-
 def walk(
     shape: Shape, offsets: tuple[int, ...], strides: list[Shape]
-) -> tuple[int, int, tuple[str, ...], bytes]:
-    """(elements of a row, rows, the arrays' inner steps, the structure) of a walk over ``shape``,
-    which `layout.joined` has made."""
+) -> tuple[int, int, int, tuple[str, ...], bytes]:
+    """(elements of a row, rows, `elementwise`'s ``outer``, the arrays' inner steps, the structure)
+    of a walk over ``shape``, which `layout.joined` has made. Walks with odd steps are all done by
+    one kernel, so that few are compiled."""
     inner = shape[-1] if shape else 1
     inner_steps = [each[-1] if each else 0 for each in strides]
-    outer, steps = padded(shape[:-1], [each[:-1] for each in strides], outer_rank(shape))
+    words = tuple({1: "1", 0: "0"}.get(step, "any") for step in inner_steps)
+    least = 0
+    if "any" in words:
+        words, least = ("any",) * len(words), 3
+    rank = rank_class(max(len(shape) - 1, 0), least)
+    outer, steps = padded(shape[:-1], [each[:-1] for each in strides], rank)
     rows = prod(outer)
     values = [inner, rows, *offsets, *inner_steps, *outer]
     for each in steps:
         values += each
-    words = tuple({1: "1", 0: "0"}.get(step, "any") for step in inner_steps)
-    return inner, rows, words, text.packed(values)
+    return inner, rows, rank, words, text.packed(values)
 
 
 # -- saxpy -----------------------------------------------------------------------------------------
@@ -260,11 +260,11 @@ def _check_elementwise(device: Device, stream: Stream, size: int) -> None:
     for name, common, out, inputs, shape, wanted in cases:
         made = room(device, stream, wanted.nbytes)
         strides = [tuple(s // wanted.itemsize for s in wanted.strides)] + [i[2] for i in inputs]
-        inner, rows, words, packed = walk(shape, (0, *(i[3] for i in inputs)), strides)
+        inner, rows, outer, words, packed = walk(shape, (0, *(i[3] for i in inputs)), strides)
         found = kernel(
             device, "elementwise", elementwise, name, common, Operand(out, words[0]),
             tuple(Operand(i[1], w) for i, w in zip(inputs, words[1:], strict=True)),
-            outer_rank(shape),
+            outer,
         )  # fmt: skip
         launch(found, stream, rule(inner, rows), made, *(buffers[i[0]] for i in inputs), packed)
         agree(f"{name} of {common}", get(made, stream, wanted.shape, wanted.dtype), wanted)
