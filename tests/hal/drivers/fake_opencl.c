@@ -479,7 +479,7 @@ static cl_int CL_API_CALL device_info(cl_device_id d, cl_device_info what, size_
     case CL_DEVICE_DOUBLE_FP_CONFIG: VALUE(cl_ulong, setting("FAKE_CL_FP64", 0));
     case CL_DEVICE_SINGLE_FP_CONFIG: VALUE(cl_ulong, 0);
     case CL_DEVICE_SVM_CAPABILITIES:
-        if (version() < 200) return CL_INVALID_VALUE;
+        if (version() < 200 && !getenv("FAKE_CL_SVM")) return CL_INVALID_VALUE;
         VALUE(cl_ulong, setting("FAKE_CL_SVM", 1));
     case CL_DEVICE_OPENCL_C_ALL_VERSIONS: {
         cl_name_version all[2] = {{CL_MAKE_VERSION(1, 2, 0), "OpenCL C"},

@@ -303,6 +303,10 @@ def test_dynamic_local_memory_has_the_size_that_a_launch_asks_for(run: Run) -> N
             buffer = holding(list(range(n)), "i")
             kernel(stream, 1, 32, buffer, n, shared=4 * n)
             assert read(buffer, "i") == list(range(n))[::-1], n
+            with stream.capture() as graph:  # launched from Python
+                kernel(stream, 1, 32, buffer, n, shared=4 * n)
+            graph.launch(stream)
+            assert read(buffer, "i") == list(range(n)), n
         """
     )
 

@@ -364,7 +364,7 @@ SORTS = {
     "svm": {"FAKE_CL_VERSION": 300, "FAKE_CL_SVM": 1},
     "fine svm": {"FAKE_CL_VERSION": 200, "FAKE_CL_SVM": 3},
     "usm": {"FAKE_CL_USM": 1, "FAKE_CL_VERSION": 300},
-    "buffers of 1.2": {"FAKE_CL_VERSION": 120},
+    "buffers of 1.2": {"FAKE_CL_VERSION": 120, "FAKE_CL_SVM": 1},  # it claims what 2.0 brought
     "3.0 without svm": {"FAKE_CL_VERSION": 300, "FAKE_CL_SVM": 0},
 }
 TWINS = [{}, {"DRIVETRAIN_NATIVE": "0"}]
@@ -489,6 +489,24 @@ def test_memory_that_runs_out_is_told_with_requested_free_and_total(run: Run, so
         """,
         FAKE_CL_MEMORY=8 << 20,
         **SORTS[sort],
+    )
+
+
+def test_a_request_waits_for_memory_that_is_about_to_come_back(run: Run) -> None:
+    run(
+        """
+        import threading
+        from drivetrain.hal.opened import opened as open_of
+        device, stream = opened()
+        driver = open_of(device).backend
+        hold = kernel(device, "hold", "__kernel void hold(__global int *out){}")
+        ptr, _ = (driver.alloc(3 << 20, 0, stream.handle) for _ in range(2))
+        hold(stream, 1, 1, None)
+        driver.free(ptr, 0, stream.handle)
+        threading.Timer(0.3, lambda: fake.fake_cl_release(1)).start()
+        driver.alloc(3 << 20, 0, stream.handle)
+        """,
+        FAKE_CL_MEMORY=8 << 20,
     )
 
 
