@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, DeviceLost, HalError
 from drivetrain.hal import watch
-from drivetrain.hal.hot import GraphCore
+from drivetrain.hal.hot import GraphCore, StreamCore
 
 if TYPE_CHECKING:
     from drivetrain.hal.device import Device
@@ -145,6 +145,8 @@ class Graph(GraphCore):
     def _launch_from(self, stream: Stream, first: int) -> None:
         """`launch` when it is not the usual case; the commands before ``first`` are queued."""
         self._check("launch")
+        if not isinstance(stream, StreamCore):
+            raise BadInput(f"launch: a graph takes a Stream, not a {type(stream).__name__}")
         if stream._opened is not self._opened:
             raise BadInput(
                 f"launch: the graph is of {self.device.address} and the stream of "
