@@ -56,7 +56,8 @@ MOST_OF_STRIP = 64 << 10
 """Bytes that the lanes of a strip keep."""
 
 SHORT = 16
-"""Turns of a loop of known length that compilers unroll by themselves."""
+SMALL = 300
+"""Turns of a loop of known length, and nodes of all its turns, that compilers unroll themselves."""
 
 
 @dataclass
@@ -245,6 +246,7 @@ class _Judge:
             isinstance(test, Binary)
             and isinstance(test.right, Lit)
             and 0 <= test.right.value <= SHORT
+            and test.right.value * sum(1 for _ in walk(loop.body)) <= SMALL
         )
 
     def good(self, loop: Loop) -> bool:
