@@ -452,7 +452,9 @@ CHAIN: list[Callable[[Any], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("at", range(len(CHAIN)))
+@pytest.mark.parametrize(
+    "at", [0, *(pytest.param(n, marks=pytest.mark.soak) for n in range(1, len(CHAIN)))]
+)
 def test_the_same_operations_give_the_same_numbers_on_each_device(at: int) -> None:
     start = ops.random.normal((40, 24), seed=8, **CPU)
     found = [CHAIN[at](start.to(address)).numpy() for address in devices()]
