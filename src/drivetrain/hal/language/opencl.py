@@ -29,6 +29,7 @@ from drivetrain.hal.language.spaces import Places, Scheme, Shape, Spaces, signat
 from drivetrain.hal.language.tokens import wrong
 from drivetrain.hal.language.tree import (
     AddressOf,
+    Binary,
     Call,
     Cast,
     Construct,
@@ -48,6 +49,7 @@ from drivetrain.hal.language.tree import (
 from drivetrain.hal.language.types import (
     F64,
     HALF,
+    I32,
     I64,
     U64,
     Array,
@@ -69,6 +71,7 @@ _INDEX = {
     "threadIdx": "get_local_id", "blockIdx": "get_group_id", "blockDim": "get_local_size",
     "gridDim": "get_num_groups",
 }  # fmt: skip
+_MODULAR = ("+", "-", "*")
 _DYNAMIC = "dt_dynamic"
 _LANES = "dt_lanes"
 _ANY = "dt_any"
@@ -82,9 +85,12 @@ def translate(program: Program, features: Sequence[str], *, fmad: bool = False) 
     """
     unit = _Unit(program, frozenset(features))
     symbols = kernel_symbols(program.kernels)
-    facts = {
-        name: unit.kernel(f"k_{symbols[name]}", kernel) for name, kernel in program.kernels.items()
-    }
+    facts = {}
+    for name, kernel in program.kernels.items():
+        try:
+            facts[name] = unit.kernel(f"k_{symbols[name]}", kernel)
+        except RecursionError:
+            raise wrong(kernel.line, f"{kernel.name} is nested too deeply") from None
     text, lines = unit.assembled(fmad)
     return Translated(text, facts, lines)
 
@@ -333,6 +339,23 @@ class _Body(Printer):
             if var is not None and var.role == "const" and is_scalar(var.type):
                 return f"(&{self.unit.constant(var)})"
         return super().expr(e)
+
+    def binary(self, e: Binary) -> str:
+        if e.op in _MODULAR and e.type in (I32, I64):
+            return f"(({self.spelled(e.type, e.line)})({self.modular(e)}))"
+        return super().binary(e)
+
+    def modular(self, e: Expr) -> str:
+        """A signed number as an unsigned one, in which sums wrap. Chains have few brackets, for
+        compilers count them."""
+        if isinstance(e, Binary) and e.op in _MODULAR and e.type in (I32, I64):
+            left, right = self.modular(e.left), self.modular(e.right)
+            if e.op == "*" and isinstance(e.left, Binary):
+                left = f"({left})"
+            if isinstance(e.right, Binary):
+                right = f"({right})"
+            return f"{left} {e.op} {right}"
+        return f"(u{self.spelled(e.type, e.line)}){self.expr(e)}"
 
     def literal(self, e: Lit) -> str:
         text = super().literal(e)
