@@ -119,10 +119,13 @@ class Bench:
             self.report.missing("the C loop", "C cannot call this driver's launch")
             return {}
         function = getattr(floor(), f"floor_{name}_launch")
-        self.plan()  # sets what OpenCL keeps in the kernel
         table, handle = self.plan._launch.arguments, self.stream.handle
-        facts = (self.launcher, self.kernel._function, 1, 256, handle, table, LAUNCHES)
-        return {C_LOOP: self.in_c(function, *facts)}
+        facts = (self.kernel._function, 1, 256, handle, table)
+        if name == "opencl":
+            launch_and_set = (ctypes.c_void_p * 3)(*self.stream._opened.calls[1:4])
+            sizes = (ctypes.c_int * 3)(*self.kernel._sizes)
+            return {C_LOOP: self.in_c(function, launch_and_set, *facts, sizes, 3, LAUNCHES)}
+        return {C_LOOP: self.in_c(function, self.launcher, *facts, LAUNCHES)}
 
     def launches(self, others: Ways) -> None:
         """What plan() and kernel() cost above the C loop, and the peers."""

@@ -39,13 +39,26 @@ double floor_plain_launch(void *call, void *function, unsigned grid, unsigned bl
 typedef int (*opencl_launch)(void *, void *, unsigned, const size_t *, const size_t *,
                              const size_t *, unsigned, const void *, void *);
 
-double floor_opencl_launch(void *call, void *function, unsigned grid, unsigned block, void *stream,
-                           void **arguments, int n) {
+typedef int (*opencl_set)(void *, unsigned, size_t, const void *);
+typedef int (*opencl_set_pointer)(void *, unsigned, const void *);
+
+/* The addresses are those of clEnqueueNDRangeKernel and of what sets values and pointers; negative
+ * sizes are those of pointers. Arguments are set each time: they lie in the kernel, which others launch. */
+double floor_opencl_launch(const void *const calls[3], void *function, unsigned grid, unsigned block,
+                           void *stream, void **arguments, const int *sizes, int count, int n) {
+    opencl_launch launch = (opencl_launch)calls[0];
+    opencl_set set = (opencl_set)calls[1];
+    opencl_set_pointer set_pointer = (opencl_set_pointer)calls[2];
     size_t whole = (size_t)grid * block, local = block;
     double began = now();
-    (void)arguments; /* they were set before */
-    for (int i = 0; i < n; i++)
-        if (((opencl_launch)call)(stream, function, 1, NULL, &whole, &local, 0, NULL, NULL)) return -1;
+    for (int i = 0; i < n; i++) {
+        for (int a = 0; a < count; a++) {
+            int code = sizes[a] < 0 ? set_pointer(function, (unsigned)a, *(void **)arguments[a])
+                                    : set(function, (unsigned)a, (size_t)sizes[a], arguments[a]);
+            if (code) return -1;
+        }
+        if (launch(stream, function, 1, NULL, &whole, &local, 0, NULL, NULL)) return -1;
+    }
     return (now() - began) / n;
 }
 

@@ -44,10 +44,14 @@ def compiled(name: str, *flags: str) -> Any:
 def floor() -> Any:
     """Loops over a driver's own functions."""
     library = compiled("floor")
-    for name in ("cuda", "plain", "opencl"):
+    for name in ("cuda", "plain"):
         function = getattr(library, f"floor_{name}_launch")
         function.restype = _DOUBLE
         function.argtypes = (_POINTER, _POINTER, _INT, _INT, _POINTER, _POINTER, _INT)
+    library.floor_opencl_launch.restype = _DOUBLE
+    library.floor_opencl_launch.argtypes = (
+        _POINTER, _POINTER, _INT, _INT, _POINTER, _POINTER, _POINTER, _INT, _INT,
+    )  # fmt: skip
     for name in ("cuda", "plain"):
         function = getattr(library, f"floor_{name}_steps")
         function.restype = _DOUBLE
@@ -70,4 +74,4 @@ def floor() -> Any:
 @cache
 def threads() -> Any:
     """The same work as the kernels, in plain C over OpenMP's threads."""
-    return compiled("threads", "-march=native", "-fopenmp")
+    return compiled("threads", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp")
