@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from drivetrain.errors import CompileError
 from drivetrain.hal.language.frontend import program
 from drivetrain.hal.language.opencl import translate
 from drivetrain.hal.language.options import Options
@@ -230,6 +231,22 @@ def test_each_line_of_the_text_knows_the_users() -> None:
     assert made.line(at) == 3
     assert made.line(1) == 0
     assert len(made.lines) == len(rows) - 1
+
+
+def test_an_error_names_the_file_the_line_and_the_construct(opencl) -> None:
+    text = "__global__ void k(int *a) {\n  int *p = a;\n  int m;\n  p = &m;\n}"
+    with pytest.raises(CompileError) as caught:
+        opencl(text)
+    assert str(caught.value).startswith("kernel.cu cannot be compiled for opencl: kernel.cu:4: a p")
+    assert caught.value.driver == "opencl"
+    assert caught.value.log.startswith("kernel.cu:4: a pointer would point to both")
+
+
+def test_a_long_sum_is_not_nested_too_deeply(opencl) -> None:
+    terms = " + ".join(f"a[{n % 7}] * {n}" for n in range(200))
+    a = np.arange(7, dtype=np.int32)
+    opencl(f"__global__ void k(int *a) {{ a[0] = {terms}; }}")("k", 1, 1, a)
+    assert a[0] == sum((n % 7) * n for n in range(200))
 
 
 def test_what_a_launch_must_know_is_told() -> None:

@@ -21,6 +21,7 @@ from drivetrain.hal.language.convert import decayed, zero
 from drivetrain.hal.language.inline import waits_for
 from drivetrain.hal.language.tokens import wrong
 from drivetrain.hal.language.tree import (
+    AddressOf,
     Assign,
     Binary,
     Block,
@@ -28,6 +29,7 @@ from drivetrain.hal.language.tree import (
     Call,
     Case,
     Comma,
+    Compound,
     Cond,
     Construct,
     Continue,
@@ -41,6 +43,7 @@ from drivetrain.hal.language.tree import (
     Loop,
     Ref,
     Return,
+    Step,
     Stmt,
     Subscript,
     Switch,
@@ -48,6 +51,7 @@ from drivetrain.hal.language.tree import (
     Unary,
     Var,
     parts,
+    root_var,
     walk,
 )
 from drivetrain.hal.language.types import BOOL, I32, U32, VOID, Array, Type
@@ -190,9 +194,41 @@ class _Lowering:
 
     def all(self, body: list[Stmt]) -> list[Stmt]:
         out: list[Stmt] = []
-        for stmt in body:
-            out += self.statement(stmt)
+        counted: Loop | None = None
+        for stmt, after in zip(body, [*body[1:], None], strict=True):
+            if stmt is counted and counted is not None:
+                inner = Block(counted.body.line, self.all(counted.body.body))
+                out.append(Loop(stmt.line, counted.test, counted.step, inner))
+            elif isinstance(stmt, Decl) and isinstance(after, Loop) and self.counts(stmt, after):
+                counted = after
+                out.append(stmt)
+            else:
+                out += self.statement(stmt)
         return out
+
+    def counts(self, decl: Decl, loop: Loop) -> bool:
+        """``for (int i = 16; i > 0; i /= 2)``: threads that take no part can count along, so that
+        nobody has to ask who is still in the loop."""
+        if self.mask is None or loop.post or not _waits_in(loop) or _exits(loop.body):
+            return False
+        parts_of_it = [e for e in (decl.init, loop.test, loop.step) if e is not None]
+        if len(parts_of_it) < 3 or any(_warps_in(e) for e in parts_of_it):
+            return False
+        var = decl.var
+        for node in walk(loop.body):
+            place = getattr(node, "target", None) or (
+                node.operand if isinstance(node, AddressOf) else None
+            )
+            if isinstance(place, Expr) and root_var(place) is var:
+                return False
+        targets = [n.target for n in walk(loop.step) if isinstance(n, Assign | Compound | Step)]
+        if [root_var(target) for target in targets] != [var]:
+            return False
+        level = self.facts.levels.get(var, UNIFORM)
+        self.facts.levels[var] = UNIFORM
+        even = all(self.uniform(e) for e in parts_of_it)
+        self.facts.levels[var] = level
+        return even
 
     def plain(self, stmt: Stmt) -> bool:
         """Whether it may stay as it is, behind the mask."""

@@ -7,11 +7,13 @@ with the text, as a comment in the first line (`options_of` reads it).
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import cache
 from importlib.resources import files
 
+from drivetrain.errors import CompileError
 from drivetrain.hal.driver import Target
-from drivetrain.hal.language.facts import Compiled
+from drivetrain.hal.language.facts import Compiled, Translated
 from drivetrain.hal.language.logs import with_lines
 from drivetrain.hal.language.options import Options
 from drivetrain.hal.language.source import Source
@@ -51,13 +53,27 @@ def build(source: Source, target: Target, options: Options) -> Compiled:
     if source.language == "opencl":
         text = _defined(source, options)
         return Compiled("cl", _told(text, _flags(options, target.arch)).encode())
+    made = _translation(source, target, options)
+    text = with_lines(made.text, source.name, made.lines)
+    return Compiled("cl", _told(text, _flags(options, _TRANSLATED_FOR)).encode(), made.kernels)
+
+
+def _translation(source: Source, target: Target, options: Options) -> Translated:
     from drivetrain.hal.language.frontend import program
     from drivetrain.hal.language.opencl import translate
 
     fmad = bool(options.fmad) or options.fast_math
-    made = translate(program(source, options), target.features, fmad=fmad)
-    text = with_lines(made.text, source.name, made.lines)
-    return Compiled("cl", _told(text, _flags(options, _TRANSLATED_FOR)).encode(), made.kernels)
+    try:
+        return translate(program(source, options), target.features, fmad=fmad)
+    except CompileError as error:
+        text = re.sub(r"^line (\d+)", rf"{source.name}:\1", error.log)
+        raise CompileError(
+            f"{source.name} cannot be compiled for opencl: {text}",
+            code="compile",
+            driver="opencl",
+            op="compile",
+            log=text,
+        ) from error
 
 
 def _defined(source: Source, options: Options) -> str:
