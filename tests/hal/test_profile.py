@@ -527,3 +527,18 @@ def test_a_librarys_product_is_a_kernel_with_its_operations(
     found = line(profile, "kernel", "matrix product by A library 1.0")
     assert (found.flops, found.nbytes) == (2 * 8 * 16 * 4, 4 * (8 * 16 + 16 * 4 + 8 * 4))
     assert profile.as_json()["kernels"][0]["bound"] == "compute"
+
+
+def test_a_product_of_our_own_tells_its_operations(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from drivetrain.hal import ops
+
+    monkeypatch.setenv("DRIVETRAIN_BLAS", "own")
+    a = ops.ones((3, 8, 16), dtype=ops.float32, device=device)
+    b = ops.ones((3, 16, 4), dtype=ops.float32, device=device)
+    with hal.profile() as profile:
+        ops.matmul(a, b)
+    found = line(profile, "kernel", "gemm")
+    assert (found.flops, found.dtype) == (3 * 2 * 8 * 16 * 4, "float32")
+    assert (found.nbytes, found.bytes_are) == (3 * 4 * (8 * 16 + 16 * 4 + 8 * 4), "declared")

@@ -55,6 +55,25 @@ def matmul(x1: Any, x2: Any, /, *, stream: Stream | None = None) -> Array:
     return out[..., 0] if x2.ndim == 1 else out
 
 
+def multiply(
+    out: Array, a: Array, b: Array, *, stream: Stream | None = None, tf32: bool = False
+) -> None:
+    """Write the product of two matrices to ``out``, all three of one type. ``tf32``: float32 may be
+    rounded to TF32 first, where the library and the device have it. Raises BadInput."""
+    on = strided.stream_for((out, a, b), stream, "multiply")
+    if not out.dtype == a.dtype == b.dtype or out.dtype.kind == "bool":
+        raise BadInput(f"multiply: the types {out.dtype}, {a.dtype} and {b.dtype} must be one")
+    fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
+    if not fits or out.shape != (a.shape[0], b.shape[1]):
+        raise BadInput(f"multiply: {a.shape} times {b.shape} does not give {out.shape}")
+    if not layout.is_compact(out.shape, out.strides) or out.memory in (a.memory, b.memory):
+        raise BadInput("multiply: the result needs memory of its own, without gaps")
+    if out.size and a.shape[1]:
+        _multiply(out, a, b, (), on, tf32)
+    elif out.size:
+        out.assign(0.0 if out.dtype.kind == "float" else 0, stream=on)
+
+
 def _multiply(out: Array, a: Array, b: Array, batch: Shape, on: Stream, tf32: bool = False) -> None:
     choice = blas.backend(opened(on.device))
     if choice.blas is not None and a.dtype.name in choice.blas.dtypes:
@@ -148,6 +167,8 @@ def own(out: Array, a: Array, b: Array, batch: Shape, on: Stream) -> None:
     found = kernel(
         on.device, "gemm", gemm.chosen, dtype, len(extents), strips, a.strides[-1] == 1, turned_b
     )
+    if found._work is None:
+        gemm.declared(found, dtype)
     packed = gemm.product(
         (m, n, k),
         (out.offset, a.offset, b.offset),

@@ -130,7 +130,7 @@ class Profile:
         self.threads: dict[int, str] = {}
         self._peaks = peaks
         self._limit = limit
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finaliser may come in between
         self._lines: dict[tuple[str, str, str], Line] = {}
         self._state = "new"
 

@@ -6,6 +6,7 @@ float16 and bfloat16 are summed in float32.
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.hal.dtype import DTYPES, DType
@@ -27,6 +28,7 @@ from drivetrain.hal.language.source import Source
 
 if TYPE_CHECKING:
     from drivetrain.hal.device import Device
+    from drivetrain.hal.kernel import Kernel
     from drivetrain.hal.layout import Shape
     from drivetrain.hal.stream import Stream
 
@@ -197,6 +199,24 @@ def product(
     of the batch and the strides of out, a, b over it."""
     flat = [step for each in steps for step in each]
     return text.packed([*sizes, *offsets, *strides, *batch, *flat])
+
+
+def declared(found: Kernel, dtype: DType) -> Kernel:
+    """The kernel, with what one launch of it moves and computes told to profiles."""
+
+    def sizes(grid: tuple[int, ...], arguments: tuple[Any, ...]) -> tuple[int, int, int, int]:
+        m, n, k = struct.unpack_from("3q", arguments[3])
+        return m, n, k, grid[2]
+
+    def nbytes(grid: tuple[int, ...], block: Any, arguments: tuple[Any, ...]) -> float:
+        m, n, k, count = sizes(grid, arguments)
+        return float(dtype.nbytes * count * (m * k + k * n + m * n))
+
+    def operations(grid: tuple[int, ...], block: Any, arguments: tuple[Any, ...]) -> float:
+        m, n, k, count = sizes(grid, arguments)
+        return 2.0 * m * n * k * count
+
+    return found.work(bytes=nbytes, flops=operations, dtype=dtype.name)
 
 
 def reference(a: Any, b: Any) -> Any:
