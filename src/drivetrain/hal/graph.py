@@ -37,6 +37,8 @@ class Graph(GraphCore):
         self._buffers: list[Buffer] = []
         self._kept: list[object] = []
         self._before = 0
+        self._recorded: set[int] = set()
+        """Events of the capture itself."""
         self._launches_only = True
 
     # -- capture -------------------------------------------------------------------------------
@@ -106,6 +108,19 @@ class Graph(GraphCore):
                 code="capturing",
                 driver=self.device.driver,
                 op=op,
+                device=self.device.address,
+            )
+
+    def _takes_wait(self, event: int) -> None:
+        """Raises HalError for an event from outside: a driver would break the capture over it."""
+        self._no_events("wait")
+        if event not in self._recorded:
+            raise HalError(
+                "wait: the stream is being captured, and the event was not recorded in that "
+                "capture. Wait before the capture begins, or for the graph's launch",
+                code="capturing",
+                driver=self.device.driver,
+                op="wait",
                 device=self.device.address,
             )
 

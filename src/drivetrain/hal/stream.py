@@ -183,6 +183,8 @@ class Stream(StreamCore):
         except BaseException:
             opened.give_event(event, self._timing)
             raise
+        if self._graph is not None:
+            self._graph._recorded.add(event)
         made = Event(opened, event, self._timing)
         if watch.active:
             watch.tell("record", made, self)
@@ -204,7 +206,7 @@ class Stream(StreamCore):
             event.device.driver == self.device.driver and "peer" in self._opened.backend.groups
         ):
             if self._graph is not None:
-                self._graph._no_events("wait")
+                self._graph._takes_wait(event._handle)
             self._opened.backend.stream_wait(handle, event._handle)
             if watch.active:
                 watch.tell("wait", event, self)

@@ -110,6 +110,7 @@ class Memory:
             # What waits for its last user may be just what is lacking.
             self._collect(wait=True)
             if self.pool:
+                self._context.wait_stream(stream, _WAIT_S)  # what was freed there
                 self._context.call(self._api.cuMemPoolTrimTo, self.pool, 0)
             ptr = self._take(nbytes, kind, stream)
         self._live[ptr] = kind
