@@ -542,3 +542,23 @@ def test_a_product_of_our_own_tells_its_operations(
     found = line(profile, "kernel", "gemm")
     assert (found.flops, found.dtype) == (3 * 2 * 8 * 16 * 4, "float32")
     assert (found.nbytes, found.bytes_are) == (3 * 4 * (8 * 16 + 16 * 4 + 8 * 4), "declared")
+
+
+@pytest.mark.parametrize("driver", ["cuda", "simulated"])
+def test_other_drivers_are_timed_by_their_events(driver: str, rig_of: Any) -> None:
+    rig = rig_of(driver)
+    stream = rig.device.stream()
+    value = rig.alloc(4096, stream)
+    with hal.profile() as profile:
+        value.fill(b"\0", stream=stream)
+        rig.kernel("add")(stream, 1, 1, value, 3)
+        value.copy_to(bytearray(4096), stream=stream)
+        with stream.capture() as graph:
+            rig.kernel("add")(stream, 1, 1, value, 3)
+        graph.launch(stream)
+        stream.synchronize()
+    assert line(profile, "kernel", "add").timed == 1
+    assert line(profile, "copy", "device to host").nbytes == 4096
+    assert [each.timed for each in profile.lines("graph")] == [1]
+    assert profile.as_json()["devices"][rig.device.address]["clock"] == "device"
+    assert wrong_events(profile.chrome_trace()) == []

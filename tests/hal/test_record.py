@@ -344,3 +344,18 @@ def test_a_product_by_a_library_of_this_process_is_not_recorded(
 
     with pytest.warns(RuntimeWarning, match="without its source"):
         product()
+
+
+def test_a_recording_of_another_driver_replays_on_the_processor(
+    rig_of: Any, tmp_path: Path
+) -> None:
+    rig = rig_of("cuda")
+    stream = rig.device.stream()
+    value = rig.alloc(4096, stream)
+    with hal.record(tmp_path / "calls") as recording:
+        value.fill(b"\3", stream=stream)
+        value.copy_to(bytearray(4096), stream=stream)
+        stream.synchronize()
+    assert recording.complete
+    found = hal.replay(tmp_path / "calls", on="cpu:0")
+    assert (found.same, found.checks) == (True, 2)

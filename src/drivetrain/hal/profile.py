@@ -1,7 +1,7 @@
 """``with hal.profile() as p: ...``: what ran when, for how long, and how near the peaks it came.
 
 Off, a profile costs nothing: launches do not pass here. On, each launch, copy, fill and graph gets
-two events (where the driver declares ``timing``) and about ten microseconds of the calling thread;
+two events, where the driver declares ``timing``, and some microseconds of the calling thread;
 elsewhere each call is waited for. Reports are in ``drivetrain.hal.profile_report``.
 """
 
