@@ -11,7 +11,7 @@ import pytest
 
 from drivetrain import hal
 from drivetrain.errors import HalError
-from drivetrain.hal import MemoryKind
+from drivetrain.hal import MemoryKind, hot
 from drivetrain.hal.opened import opened
 
 SIZES = [512, 4096, 4096, 70_000, 600_000, 3 << 20]
@@ -77,6 +77,24 @@ def test_nor_on_the_cpu(rig_of: Callable[[str], Any]) -> None:
     device = rig_of("cpu").device
     pool = hal.Pool(hal.DriverMemory(device), limit=64 << 20)
     assert program(device, pool, 3, 400) == []
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["pool", "pool in C"])
+def test_nor_over_a_slow_libcuda(
+    rig_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, native: bool
+) -> None:
+    monkeypatch.setenv("FAKE_CUDA_DELAY_US", "100")
+    device = rig_of("cuda").device
+    if native:
+        if hot.BACKEND != "native":
+            pytest.skip("the C code is not used")
+        from drivetrain.hal.native_pool import NativePool
+
+        pool: Any = NativePool(device, limit=64 << 20)
+    else:
+        pool = hal.Pool(hal.DriverMemory(device), limit=64 << 20)
+    assert program(device, pool, 4, 150) == []
+    assert pool.stats().live == 0
 
 
 @pytest.mark.soak

@@ -39,8 +39,10 @@ typedef struct Allocation {
     uint64_t ptr; size_t bytes; int kind, live; Device *device; struct Allocation *next;
 } Allocation;
 typedef struct Capture { Graph *graph; struct Stream *origin; int invalid, mode; pthread_t thread; } Capture;
+/* One recording of an event: waits are for it, whatever is recorded later. */
+typedef struct Mark { int left, done; double at; } Mark;
 typedef struct Event {
-    uint64_t ticket, done; int left, timing, destroyed; double at; Device *device;
+    Mark *mark; int timing, destroyed; Device *device;
     Capture *capture; Node *deps[MOST_DEPS]; int count;
 } Event;
 typedef struct Function {
@@ -51,7 +53,7 @@ enum { COPY, SET, KERNEL, RECORD, WAIT, FREE, RUN };
 typedef struct Op {
     int what; uint64_t dst, src, bytes, pitch, rows; uint32_t value; int width; void *staged;
     Function *function; unsigned dims[6], shared; unsigned char params[MOST_PARAMS][64];
-    Event *event; uint64_t ticket; Allocation *memory; struct Exec *exec; struct Op *next;
+    Mark *mark; Allocation *memory; struct Exec *exec; struct Op *next;
 } Op;
 struct Node { Op op; int index; };
 struct Graph { Node *nodes[1024]; int count; Node *from[4096], *to[4096]; int edges; };
@@ -272,11 +274,11 @@ static int run_op(Device *d, Op *op) {
         }
         return OK;
     case RECORD:
-        if (op->ticket == op->event->ticket && --op->event->left > 0) return OK;
-        if (op->ticket > op->event->done) op->event->done = op->ticket;
+        if (--op->mark->left > 0) return OK;
+        op->mark->done = 1;
         struct timespec now;
         clock_gettime(CLOCK_MONOTONIC, &now);
-        op->event->at = (double)now.tv_sec + (double)now.tv_nsec / 1e9;
+        op->mark->at = (double)now.tv_sec + (double)now.tv_nsec / 1e9;
         return OK;
     }
     return OK;
@@ -294,7 +296,7 @@ static void *work(void *argument) {
             usleep(delay_us);
             pthread_mutex_lock(&lock);
         }
-        while (op->what == WAIT && op->event->done < op->ticket && !s->device->sticky)
+        while (op->what == WAIT && op->mark && !op->mark->done && !s->device->sticky)
             pthread_cond_wait(&changed, &lock);
         if (!s->device->sticky) {
             int code = run_op(s->device, op);
@@ -684,7 +686,7 @@ int cuStreamWaitEvent(Stream *s, Event *e, unsigned flags) {
         return leave(OK);
     }
     if (s->capture) { s->capture->invalid = 1; return leave(CAPTURE_ISOLATION); }
-    return leave(submit(s, (Op){.what = WAIT, .event = e, .ticket = e->ticket}));
+    return leave(submit(s, (Op){.what = WAIT, .mark = e->mark}));
 }
 int cuEventCreate(Event **out, unsigned flags) {
     CALL(flags, 0);
@@ -708,30 +710,30 @@ int cuEventRecord(Event *e, Stream *s) {
         memcpy(e->deps, s->deps, sizeof e->deps);
         return leave(OK);
     }
-    e->capture = NULL, e->ticket++, e->left = 1;
-    return leave(submit(s, (Op){.what = RECORD, .event = e, .ticket = e->ticket}));
+    e->capture = NULL, e->mark = calloc(1, sizeof *e->mark), e->mark->left = 1;
+    return leave(submit(s, (Op){.what = RECORD, .mark = e->mark}));
 }
 int cuCtxRecordEvent(Device *context, Event *e) {
     CALL(context, e);
     if (e->device != context || e->destroyed) return leave(BAD_HANDLE);
     if (captures_in(context)) return leave(CAPTURE_UNSUPPORTED);
-    e->ticket++, e->left = 0;
-    for (Stream *s = streams; s; s = s->next) if (s->device == context && s->head) e->left++;
-    if (!e->left) e->done = e->ticket;
+    e->mark = calloc(1, sizeof *e->mark);
+    for (Stream *s = streams; s; s = s->next) if (s->device == context && s->head) e->mark->left++;
+    if (!e->mark->left) e->mark->done = 1;
     for (Stream *s = streams; s; s = s->next)
-        if (s->device == context && s->head) queue(s, (Op){.what = RECORD, .event = e, .ticket = e->ticket});
+        if (s->device == context && s->head) queue(s, (Op){.what = RECORD, .mark = e->mark});
     return leave(OK);
 }
 int cuEventQuery(Event *e) {
     CALL(e, 0);
     if (e->destroyed) return leave(BAD_HANDLE);
     if (e->capture) return leave(CAPTURED_EVENT);
-    return leave(e->done >= e->ticket ? OK : NOT_READY);
+    return leave(!e->mark || e->mark->done ? OK : NOT_READY);
 }
 static int elapsed(float *out, Event *a, Event *b) {
-    if (!a->timing || !b->timing || !a->ticket || !b->ticket) return BAD_HANDLE;
-    if (a->done < a->ticket || b->done < b->ticket) return NOT_READY;
-    *out = (float)((b->at - a->at) * 1e3);
+    if (!a->timing || !b->timing || !a->mark || !b->mark) return BAD_HANDLE;
+    if (!a->mark->done || !b->mark->done) return NOT_READY;
+    *out = (float)((b->mark->at - a->mark->at) * 1e3);
     return OK;
 }
 int cuEventElapsedTime(float *out, Event *a, Event *b) { CALL(a, b); return leave(elapsed(out, a, b)); }
