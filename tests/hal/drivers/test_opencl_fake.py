@@ -336,6 +336,7 @@ def test_an_unregistered_platform_of_nvidias_is_used_together_with_the_registere
     shutil.copy(fake_opencl, folder / loader.NVIDIA)
     found = run(
         """
+        del os.environ["OCL_ICD_VENDORS"]
         before = dict(os.environ)
         listed = [(d.vendor, d.name) for d in hal.devices("opencl")]
         device = next(d for d in hal.devices("opencl") if d.vendor == "nvidia")
