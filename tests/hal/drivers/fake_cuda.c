@@ -626,6 +626,13 @@ int cuMemcpyPeerAsync(uint64_t dst, Device *to, uint64_t src, Device *from, size
     if (!a || !b || a->device != to || b->device != from) return leave(INVALID);
     return leave(copy(s, dst, src, n, 1, 1));
 }
+int cuMemcpyPeer(uint64_t dst, Device *to, uint64_t src, Device *from, size_t n) {
+    CALL(dst, src);
+    Allocation *a = owner(dst), *b = owner(src);
+    if (!a || !b || a->device != to || b->device != from) return leave(INVALID);
+    memcpy((void *)dst, (void *)src, n);
+    return leave(OK);
+}
 static int set(Stream *s, uint64_t dst, uint32_t value, int width, size_t count, size_t pitch, size_t rows) {
     if (!owner(dst) || dst % (unsigned)width || pitch % (unsigned)width) return INVALID;
     if (rows > 1 && pitch < count * (unsigned)width) return INVALID;
