@@ -592,6 +592,31 @@ def test_many_threads_share_a_stream_a_pool_and_each_others_buffers(rig: Any) ->
     assert rig.number(total, shared) == 240
 
 
+def test_no_user_is_forgotten_when_many_threads_use_a_buffer_first_together(rig: Any) -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        home = rig.device.stream()
+        users = [rig.device.stream() for _ in range(4)]
+        for _ in range(100):
+            buffer = rig.alloc(64, home)
+            start = threading.Barrier(len(users))
+
+            def use(stream: hal.Stream, buffer: Any = buffer, start: Any = start) -> None:
+                start.wait()
+                buffer.used_by(stream)
+
+            threads = [threading.Thread(target=use, args=(user,)) for user in users]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert buffer._users == set(users)
+            buffer.close()
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_two_threads_that_close_one_buffer_give_it_back_once(rig: Any) -> None:
     stream = rig.device.stream()
     pool = hal.Pool(hal.DriverMemory(rig.device))

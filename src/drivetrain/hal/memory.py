@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, DeviceLost, HalError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Buffer", "MemoryInfo", "MemoryKind"]
 
 _MOST_BYTES = 1 << 48
+_noting = threading.RLock()  # a finaliser may come in between
 _MANY_USERS = 16
 
 
@@ -157,13 +159,14 @@ class Buffer(BufferCore):
             root._note(stream)
             self._last_user(stream)
             return
-        users = self._users
-        if stream is not self._home and (users is None or stream not in users):
-            if users is None:
-                users = self._users = set()
-            elif len(users) >= _MANY_USERS:
-                _hand_on(users)
-            users.add(stream)
+        if stream is not self._home and stream not in (self._users or ()):
+            with _noting:
+                users = self._users
+                if users is None:
+                    users = self._users = set()
+                elif len(users) >= _MANY_USERS:
+                    _hand_on(users)
+                users.add(stream)
         self._last_user(stream)
 
     def _note_event(self, event: Event) -> None:
@@ -172,8 +175,8 @@ class Buffer(BufferCore):
         if isinstance(root, Buffer):
             root._note_event(event)
             return
-        self._waits = [each for each in self._waits or () if not each.done]
-        self._waits.append(event)
+        with _noting:
+            self._waits = [*(each for each in self._waits or () if not each.done), event]
 
     def _settle(self) -> None:
         """Wait for the work that was queued on the buffer so far, through Drivetrain."""
