@@ -10,13 +10,16 @@ import pytest
 
 from drivetrain import hal
 from drivetrain.errors import HalError
-from drivetrain.hal import config
+from drivetrain.hal import config, registry
 from drivetrain.placement import calibration
 
 
 @pytest.fixture(autouse=True)
-def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_state(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DRIVETRAIN_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("DRIVETRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
 
 
 @pytest.fixture
@@ -34,17 +37,54 @@ FOUND = {
 
 
 def test_a_cpu_is_measured_and_the_result_kept(device: hal.Device) -> None:
-    pytest.importorskip("torch")
+    pytest.importorskip("tree_sitter_cuda")
     assert calibration.load(device) is None
     told: list[tuple[str, float]] = []
     found = calibration.calibrate(device, progress=lambda what, share: told.append((what, share)))
     assert calibration.load(device) == found
-    assert 1e8 < found.peak_flops["float32"] < 1e15
+    for dtype in ("float32", "float64"):
+        assert 1e8 < found.peak_flops[dtype] < 1e15
+        assert found.measured_with[dtype]
     assert 0.1 < found.copy_gbps < 1e4
     assert 0 < found.launch_us < 1e4
+    assert {"copy", "launch"} <= set(found.measured_with)
     shares = [share for _, share in told]
     assert shares == sorted(shares)
     assert told[-1] == ("done", 1.0)
+    assert told.count(("done", 1.0)) == 1
+
+
+def test_torch_measures_only_what_the_hal_leaves_to_it(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks: list[Any] = []
+
+    def measure(request: Any, *_: Any) -> Any:
+        tasks.append((request["task"], request.get("dtypes")))
+        if request["task"] == "torch":
+            return {"torch_version": "9", "peak_flops": {"bfloat16": 5e9}}
+        return {**FOUND, "torch_version": "", "left": ["bfloat16", "float16"]}
+
+    monkeypatch.setattr(calibration, "_measure", measure)
+    found = calibration.calibrate(device)
+    assert tasks == [("device", None), ("torch", ["bfloat16", "float16"])]
+    assert found.peak_flops == {"float32": 1e9, "bfloat16": 5e9}
+    assert found.measured_with["bfloat16"] == "torch 9"
+    assert found.measured_with["float16"].startswith("not measured")
+    assert found.torch_version == "9"
+
+
+def test_without_torch_the_rest_is_measured_and_the_reason_told(
+    device: hal.Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tree_sitter_cuda")
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    found = calibration.calibrate(device)
+    assert found.peak_flops["float32"] > 1e8
+    assert "bfloat16" not in found.peak_flops
+    assert "no torch here; install it with: pip install" in found.measured_with["bfloat16"]
+    assert found.torch_version == ""
 
 
 def test_a_result_holds_for_one_driver_version(
@@ -68,14 +108,22 @@ def test_what_was_measured_is_the_roofline_of_profiles(
     assert hal.profile(peaks=calibration.peaks).peaks(device.address) == roof
 
 
-def test_a_worker_that_cannot_start_its_torch_gives_the_reason(
-    device: hal.Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_worker_that_does_not_see_the_device_gives_the_reason(device: hal.Device) -> None:
+    gone = replace(device, uuid="CPU-999", info=replace(device.info, uuid="CPU-999"))
+    with pytest.raises(HalError, match="does not see the cpu device CPU-999"):
+        calibration.calibrate(gone)
+    assert calibration.load(gone) is None
+
+
+def test_links_are_measured_between_devices_of_any_drivers(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "torch.py").write_text("raise ImportError('no torch here')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(HalError, match=r"no torch here; install it with: pip install"):
-        calibration.calibrate(device)
-    assert calibration.load(device) is None
+    monkeypatch.setenv("DRIVETRAIN_SIMULATED", "count=1")
+    registry.refresh()
+    other = hal.device("simulated:0")
+    links = calibration.calibrate_links([device, other])
+    assert set(links) == {(device.uuid, other.uuid), (other.uuid, device.uuid)}
+    assert all(0 < gbps < 1e4 for gbps in links.values())
 
 
 @pytest.mark.parametrize(
@@ -83,13 +131,13 @@ def test_a_worker_that_cannot_start_its_torch_gives_the_reason(
     [
         ("import os; os.abort()", "-6|Abort"),
         ("import time; time.sleep(60)", "did not end within 1 s"),
-        ("print('{\"result\": 7}'); raise SystemExit(3)", "ended with 3"),
+        ("import os; print('{\"result\": 7}', flush=True); os._exit(3)", "ended with 3"),
     ],
 )
 def test_a_worker_that_dies_or_hangs_is_an_error_with_the_reason(
     device: hal.Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, reason: str
 ) -> None:
-    (tmp_path / "torch.py").write_text(body)
+    (tmp_path / "sitecustomize.py").write_text(body)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(HalError, match=reason):
         calibration.calibrate(device, limit_s=1 if "sleep" in body else 30)

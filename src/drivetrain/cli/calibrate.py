@@ -23,8 +23,10 @@ def calibrate(
 ) -> None:
     """Measure how fast devices are, so that placement need not guess.
 
-    Each is measured in a worker that sees only it: matrix products in each type, copy bandwidth,
-    the cost of a launch, and the links between devices. Results are kept until the driver changes.
+    Each is measured in a worker that sees only it: matrix products in each type (by the vendor's
+    BLAS, or else our own kernels), copy bandwidth, the cost of a launch, and the links between
+    devices. torch measures only what neither does as the device can, where it is installed.
+    Results are kept until the driver changes.
 
     Examples:
 
@@ -124,7 +126,7 @@ def _show_calibration(
         for address, found in measured.items():
             table.add_row(
                 address,
-                "\n".join(f"{dtype} {_flops(rate)}" for dtype, rate in found["peak_flops"].items()),
+                "\n".join(_products(found["peak_flops"], found.get("measured_with", {}))),
                 f"{found['copy_gbps']:.0f} GB/s",
                 f"{found['launch_us']:.1f} µs",
                 "\n".join(
@@ -135,6 +137,16 @@ def _show_calibration(
         out.print(table)
     for name, reason in failed.items():
         out.print(f"{name}: {reason}", markup=False, style="red")
+
+
+def _products(peaks: Mapping[str, float], told: Mapping[str, str]) -> list[str]:
+    """One line a type, with what measured it; and the types that were not, with the reason."""
+    lines = []
+    for dtype, rate in peaks.items():
+        by = told.get(dtype, "").partition(" (")[0]
+        lines.append(f"{dtype} {_flops(rate)}" + (f" ({by})" if by else ""))
+    lines += [f"{dtype} {why}" for dtype, why in told.items() if why.startswith("not measured")]
+    return lines
 
 
 def _flops(rate: float) -> str:

@@ -28,11 +28,12 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Calibration:
-    """Measured peaks of a device, with this machine's torch."""
+    """Measured peaks of a device."""
 
     uuid: str
     driver_version: str
     torch_version: str
+    """Of the torch that measured what the HAL could not; empty where there was nothing of that."""
     measured_at: float
     """Unix time, seconds."""
     peak_flops: dict[str, float] = field(default_factory=dict)
@@ -43,6 +44,9 @@ class Calibration:
     """Microseconds a small operation takes to issue, in a row of them."""
     links: dict[str, float] = field(default_factory=dict)
     """Where to or from -> GB/s: ``to host``, ``from host`` (pinned), or another device's uuid."""
+    measured_with: dict[str, str] = field(default_factory=dict)
+    """What was measured (a dtype, ``copy``, ``launch``) -> with what: a BLAS library, ``own`` for
+    kernels of ours, or torch; or why it was not measured."""
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -74,6 +78,7 @@ def _read(entry: Any) -> Calibration | None:
             copy_gbps=float(entry["copy_gbps"]),
             launch_us=float(entry["launch_us"]),
             links={str(k): float(v) for k, v in entry["links"].items()},
+            measured_with={str(k): str(v) for k, v in entry.get("measured_with", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         return None  # written by another version: measure again
@@ -102,24 +107,25 @@ def calibrate(
 ) -> Calibration:
     """Measures a device in a worker that sees only it, and keeps the result.
 
-    Raises HalError with the reason when the worker cannot (no torch, a device error, no end within
-    ``limit_s``).
+    The HAL's own kernels and the vendor's BLAS measure; types that neither does as the device can
+    (bfloat16 on a CPU) are left to torch, where it is installed. Raises HalError with the reason
+    when the worker cannot (a device error, no compiler, no end within ``limit_s``).
     """
-    isolation = device.isolation()
     found = _measure(
-        {
-            "task": "device",
-            "torch_device": isolation.torch_device,
-            "cpus": isolation.cpus,
-            "threads": isolation.threads,
-        },
-        isolation.environment,
+        {"task": "device", "driver": device.driver, "uuid": device.uuid, **_place(device)},
+        device.isolation().environment,
         device.address,
-        progress,
+        _share(progress, 0.0, 0.9),
         limit_s,
     )
+    left = found.get("left", [])
+    if left:
+        found = {**found, **_with_torch(device, found, left, progress, limit_s)}
+    if progress is not None:
+        progress("done", 1.0)
     calibration = _read(
         {
+            "torch_version": "",
             **found,
             "uuid": device.uuid,
             "driver_version": device.info.driver_version,
@@ -138,6 +144,49 @@ def calibrate(
     return calibration
 
 
+def _place(device: Device) -> dict[str, Any]:
+    isolation = device.isolation()
+    return {
+        "torch_device": isolation.torch_device,
+        "cpus": isolation.cpus,
+        "threads": isolation.threads,
+    }
+
+
+def _share(progress: Progress | None, start: float, end: float) -> Progress | None:
+    """Progress of a part of the work."""
+    if progress is None:
+        return None
+    return lambda what, share: (
+        progress(what, start + (end - start) * share) if what != "done" else None
+    )
+
+
+def _with_torch(
+    device: Device,
+    found: dict[str, Any],
+    left: list[str],
+    progress: Progress | None,
+    limit_s: float,
+) -> dict[str, Any]:
+    """The matrix products in the types that are ``left``, by torch; or why not."""
+    request = {"task": "torch", "dtypes": left, **_place(device)}
+    environment = device.isolation().environment
+    peaks, told = dict(found["peak_flops"]), dict(found.get("measured_with", {}))
+    version = ""
+    try:
+        more = _measure(request, environment, device.address, _share(progress, 0.9, 1.0), limit_s)
+    except HalError as error:
+        told.update(dict.fromkeys(left, f"not measured: {error}"))
+    else:
+        peaks.update(more["peak_flops"])
+        version = str(more["torch_version"])
+        for name in left:
+            known = name in more["peak_flops"]
+            told[name] = f"torch {version}" if known else "not measured: torch cannot"
+    return {"peak_flops": peaks, "measured_with": told, "torch_version": version}
+
+
 def calibrate_links(
     devices: Sequence[Device],
     *,
@@ -145,23 +194,24 @@ def calibrate_links(
     progress: Progress | None = None,
     limit_s: float = LIMIT_S,
 ) -> dict[tuple[str, str], float]:
-    """GB/s from each CUDA device to each other, by (uuid, uuid); kept with their calibrations.
+    """GB/s from each device to each other, by (uuid, uuid), as ``Device.link`` measures it; kept
+    with their calibrations.
 
     One worker sees all of them. MIG instances are left out: no process can use two.
     """
-    pair = [d for d in devices if d.driver == "cuda" and not d.info.parent_uuid]
-    if len(pair) < 2:
+    group = [d for d in devices if not d.info.parent_uuid]
+    if len(group) < 2:
         return {}
-    environment = {
-        **pair[0].isolation().environment,
-        "CUDA_VISIBLE_DEVICES": ",".join(device.uuid for device in pair),
-    }
-    request = {"task": "links", "count": len(pair)}
+    environment = {}
+    gpus = [device for device in group if device.driver == "cuda"]
+    if gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(device.uuid for device in gpus)
+    request = {"task": "links", "devices": [[d.driver, d.uuid] for d in group]}
     found = _measure(request, environment, "links", progress, limit_s)
     links: dict[tuple[str, str], float] = {}
     for source, target, gbps in found.get("links", []):
-        links[pair[source].uuid, pair[target].uuid] = float(gbps)
-    for device in pair:
+        links[group[source].uuid, group[target].uuid] = float(gbps)
+    for device in group:
         known = load(device, home=home)
         if known is not None:
             mine = {to: gbps for (start, to), gbps in links.items() if start == device.uuid}
