@@ -62,7 +62,7 @@ def test_buffers_come_from_it_and_go_back(rig: Any, pool: NativePool) -> None:
 
 
 def test_it_can_be_the_devices_own_pool(rig: Any, pool: NativePool) -> None:
-    opened(rig.device).use_pool(pool)
+    rig.device.use_pool(pool)
     assert rig.device.pool() is pool
     stream = rig.device.stream()
     for _ in range(3):
@@ -70,7 +70,7 @@ def test_it_can_be_the_devices_own_pool(rig: Any, pool: NativePool) -> None:
             buffer.fill(b"\0", stream=stream)
             assert pool.stats().live == 1
     with pytest.raises(BadInput, match="already"):
-        opened(rig.device).use_pool(hal.Pool(hal.DriverMemory(rig.device)))
+        rig.device.use_pool(hal.Pool(hal.DriverMemory(rig.device)))
 
 
 def test_another_stream_gets_memory_only_behind_an_event(rig: Any, pool: NativePool) -> None:

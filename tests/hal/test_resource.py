@@ -234,3 +234,25 @@ def test_the_devices_own_pools_can_be_looked_at(device: hal.Device) -> None:
         assert device.pool(hal.MemoryKind.PINNED).stats().live == 0
     assert device.pool().trim() == 2 * MIB
     assert device.pool().stats().fragmentation == 0
+
+
+def test_a_device_takes_the_pool_that_it_is_given(rig_of: Callable[[str], Any]) -> None:
+    rig = rig_of("simulated")
+    device = rig.device
+    limited = hal.Pool(hal.DriverMemory(device), limit=4 * MIB)
+    device.use_pool(limited)
+    device.use_pool(limited)
+    stream = device.stream()
+    for _ in range(2):  # found in C the second time
+        with device.alloc(1000, stream=stream):
+            assert limited.stats().live == 1
+    with pytest.raises(OutOfMemory, match="limit is 4194304"):
+        device.alloc(5 * MIB, stream=stream)
+    with pytest.raises(BadInput, match="already"):
+        device.use_pool(hal.Pool(hal.DriverMemory(device)))
+    with pytest.raises(BadInput, match="simulated:1"):
+        device.use_pool(hal.Pool(hal.DriverMemory(rig.other)))
+    around = hal.Tracking(hal.Pool(hal.DriverMemory(rig.other)))
+    rig.other.use_pool(around)
+    with rig.other.alloc(77, stream=rig.other.stream()):
+        assert around.largest()[0].nbytes == 77

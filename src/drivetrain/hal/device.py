@@ -172,6 +172,13 @@ class Device:
 
         return opened(self).pool(kind)
 
+    def use_pool(self, pool: MemoryResource) -> None:
+        """From here on `alloc` takes memory of the pool's kind from ``pool``: one with a limit, or
+        with adaptors around it. Raises BadInput when something came from another one already."""
+        from drivetrain.hal.opened import opened
+
+        opened(self).use_pool(pool)
+
     def wrap(
         self, ptr: int, nbytes: int, *, owner: object, kind: MemoryKind = MemoryKind.DEVICE
     ) -> Buffer:

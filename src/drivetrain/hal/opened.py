@@ -133,6 +133,10 @@ class Opened:
         something came from another one already."""
         from drivetrain.errors import BadInput
 
+        if pool.opened is not self:
+            raise BadInput(
+                f"use_pool: the pool is of {pool.opened.device.address}, not {self.device.address}"
+            )
         with self.lock:
             found = self._pools.setdefault(pool.kind, pool)
         if found is not pool:

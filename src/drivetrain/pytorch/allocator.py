@@ -17,7 +17,6 @@ import torch
 from drivetrain import hal
 from drivetrain.errors import BadInput, Unsupported
 from drivetrain.hal.native_pool import NativePool, library_path
-from drivetrain.hal.opened import opened
 
 _installed: Any = None
 _pools: dict[str, NativePool] = {}
@@ -38,7 +37,7 @@ def use_pool(device: hal.Device | str = "cuda:0", *, limit: int | None = None) -
         return known
     _check_torch(found)
     pool = NativePool(found, limit=limit)
-    opened(found).use_pool(pool)
+    found.use_pool(pool)
     pool.serve_torch()
     _install()
     _pools[found.address] = pool
