@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from drivetrain.hal.language.variants import Variant, Variants
     from drivetrain.hal.link import Link, LinkKind
     from drivetrain.hal.memory import Buffer
+    from drivetrain.hal.native_pool import NativePool
     from drivetrain.hal.opened import close_all
     from drivetrain.hal.pool import Pool
     from drivetrain.hal.recording import record
@@ -72,6 +73,7 @@ _LATE = {
     "Buffer": "memory",
     "from_dlpack": "dlpack",
     "Graph": "graph",
+    "NativePool": "native_pool",
     "Pool": "pool",
     "Source": "language.source",
     "Variant": "language.variants",
