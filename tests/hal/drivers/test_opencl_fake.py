@@ -455,6 +455,40 @@ def test_every_sort_of_memory_is_filled_copied_computed_with_and_given_back(
     assert found["spans"] == 0
 
 
+def test_a_loader_of_1_2_serves_what_it_can_and_an_older_one_is_broken(run: Run) -> None:
+    run(
+        """
+        from drivetrain.hal.drivers import opencl_api
+        from drivetrain.hal.drivers.opencl_backend import OpenclBackend
+        library = ctypes.CDLL("libOpenCL.so.1")
+        since = {row.name: row.since for row in opencl_api.FUNCTIONS}
+
+        class Older:
+            def __init__(self, version): self.version = version
+            def __getitem__(self, symbol):
+                if since[symbol] > self.version: raise AttributeError(symbol)
+                return library[symbol]
+
+        api = opencl_api.Api(Older(120))
+        assert api.off == {"queue_properties", "svm", "il"}
+        error = refused(lambda: api.clSVMAlloc, Unsupported)
+        assert error.op == "clSVMAlloc"
+        backend = OpenclBackend(hal.device("opencl:0").info, api)
+        assert backend._heap.name == "buffers"
+        stream = backend.stream_create(-1)
+        ptr = backend.alloc(64, 0, stream)
+        backend.fill(ptr, b"ab", 32, stream)
+        out = ctypes.create_string_buffer(64)
+        backend.copy(ctypes.addressof(out), ptr, 64, 2, stream, False)
+        assert backend.stream_synchronize(stream, 20.0) and out.raw == b"ab" * 32
+        backend.close()
+        error = refused(lambda: opencl_api.Api(Older(110)), HalError)
+        assert error.code == "broken" and "clEnqueueFillBuffer" in str(error)
+        """,
+        FAKE_CL_EXTENSIONS="cl_khr_priority_hints",
+    )
+
+
 def test_a_part_that_a_kernel_cannot_be_given_is_refused_and_named(run: Run) -> None:
     run(
         """
@@ -785,6 +819,11 @@ def test_work_that_fails_is_told_once_where_it_is_waited_for(run: Run) -> None:
             while not stream.done: pass
         refused(until, HalError)
         assert stream.done
+        from drivetrain.hal.opened import close_all
+        fail(stream, 1, 1, None)
+        fail(other, 1, 1, None)
+        close_all()
+        assert [fake.fake_cl_live(kind) for kind in range(6)] == [0] * 6
         """,
         FAKE_CL_NAME="Other",
         FAKE_CL_TYPE="cpu",

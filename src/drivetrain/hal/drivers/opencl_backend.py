@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from drivetrain.errors import BadInput
+from drivetrain.errors import BadInput, HalError
 from drivetrain.hal.driver import (
     Backend,
     Calls,
@@ -35,6 +35,7 @@ BINARY_ONLY = "DRIVETRAIN_OPENCL_BINARY_ONLY"
 """``1``: as if the platforms had no compilers, which is how FPGAs' are."""
 
 _CLOSE_WAIT_S = 5.0
+_MOST_FAILURES = 64
 
 
 class OpenclBackend:
@@ -122,12 +123,23 @@ class OpenclBackend:
             return
         try:
             # What is left when the work does not end is the platform's, until the process ends.
-            if not context.lost and self.synchronize(_CLOSE_WAIT_S):
+            if self._comes_to_rest():
                 self._programs.close()
                 self._memory.close()
                 self._queues.close()
         finally:
             context.release()
+
+    def _comes_to_rest(self) -> bool:
+        """Whether all that was queued is done, well or not: nobody is left to be told."""
+        for _ in range(_MOST_FAILURES):
+            if self._context.lost:
+                return False
+            try:
+                return self.synchronize(_CLOSE_WAIT_S)
+            except HalError:
+                continue  # each failure is told once
+        return False
 
     # -- events ----------------------------------------------------------------------------------
 
