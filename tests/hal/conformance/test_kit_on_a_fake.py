@@ -13,8 +13,8 @@ from drivetrain.hal.conformance import checks
 from drivetrain.hal.conformance.child import outcome
 from drivetrain.hal.conformance.running import SIMULATED
 
-TOPICS = ("memory", "copies", "ordering", "events", "timing", "limits", "peer", "graphs", "errors")
-TOPICS += ("threads", "leaks")
+TOPICS = ("copies", "ordering", "events", "peer", "graphs", "errors", "threads", "leaks")
+SLOW = ("memory", "timing", "limits")
 ELSEWHERE = {
     "copies.link": "it measures",
     "peer.link": "it measures",
@@ -38,7 +38,9 @@ def device(rig_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -> tup
     return rig.device, rig.fake
 
 
-@pytest.mark.parametrize("topic", TOPICS)
+@pytest.mark.parametrize(
+    "topic", [*TOPICS, *(pytest.param(topic, marks=pytest.mark.soak) for topic in SLOW)]
+)
 def test_the_cuda_driver_keeps_the_order_of_calls(
     topic: str, device: tuple[hal.Device, Any]
 ) -> None:

@@ -17,8 +17,8 @@ from drivetrain.hal.conformance.check import TOPICS
 
 LIMIT_S = 600
 """For a machine that is shared; alone on two cores each run takes about a minute."""
-SLOW = ("families",)
-QUICK = tuple(topic for topic in TOPICS if topic not in SLOW)
+QUICK = ("memory", "ordering", "graphs", "threads", "lifecycle")
+"""What differs most between the C parts and their twins, and is soon done."""
 
 
 def kit(driver: str, *arguments: str, **environment: str) -> tuple[int, dict[str, Any]]:
@@ -63,18 +63,24 @@ def test_all_that_a_driver_declares_passes(driver: str) -> None:
 
 
 @pytest.mark.timeout(LIMIT_S)
-def test_the_twin_in_python_passes_what_the_native_one_does() -> None:
-    """Without the slow families: they are the same code on both."""
-    topics = ("memory", "copies", "ordering", "events", "graphs", "kernels", "errors", "threads")
-    code, report = kit("cpu", *only((*topics, "lifecycle")), DRIVETRAIN_NATIVE="0")
+@pytest.mark.parametrize("topics", [QUICK, pytest.param(TOPICS, marks=pytest.mark.soak)], ids=len)
+def test_the_twin_in_python_passes_what_the_native_one_does(topics: tuple[str, ...]) -> None:
+    code, report = kit("cpu", *only(topics), DRIVETRAIN_NATIVE="0")
     assert failures(report) == []
     assert code == 0
 
 
 @pytest.mark.timeout(LIMIT_S)
-def test_the_simulated_device_without_a_defect_passes_and_shows_nothing() -> None:
+@pytest.mark.parametrize(
+    "topics",
+    [("discovery", "copies", "events", "faults"), pytest.param(TOPICS, marks=pytest.mark.soak)],
+    ids=len,
+)
+def test_the_simulated_device_without_a_defect_passes_and_shows_nothing(
+    topics: tuple[str, ...],
+) -> None:
     """The control of the mutants."""
-    code, report = kit("simulated", *only(QUICK), DRIVETRAIN_SIMULATED="count=2 bandwidth_gbps=4")
+    code, report = kit("simulated", *only(topics), DRIVETRAIN_SIMULATED="count=2 bandwidth_gbps=4")
     assert failures(report) == []
     assert code == 0
     assert report["evidence"] == ""
