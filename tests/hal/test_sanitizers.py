@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -103,3 +105,46 @@ def test_the_sanitizers_see_a_fault_that_is_put_in(
     found = run(program, 1)
     assert found.returncode != 0
     assert word in found.stderr
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_the_extensions_are_clean_under_the_address_sanitizer(tmp_path: Path) -> None:
+    """The tests of the objects, with every extension built anew and each block a malloc of its
+    own, so that what is used after its end is seen."""
+    compiler = shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("there is no gcc")
+    package = tmp_path / "src" / "drivetrain"
+    shutil.copytree(HAL.parent, package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    hal = package / "hal"
+    free_of_python = [str(path) for path in sorted(hal.glob("[!_]*.c"))]
+    for path in sorted(hal.glob("_*.c")):
+        target = hal / f"{path.stem}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        command = [compiler, "-shared", "-fPIC", "-std=gnu11", "-g", "-O1", "-pthread", "-w"]
+        command += ["-fsanitize=address", "-fno-omit-frame-pointer", f"-I{hal}"]
+        command += [f"-I{sysconfig.get_paths()['include']}", str(path), *free_of_python]
+        subprocess.run([*command, "-o", str(target), "-ldl"], check=True, timeout=300)
+    library = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(library).is_absolute():
+        pytest.skip("there is no libasan")
+    names = ["memory", "kernel", "graph", "stream", "pool", "native_pool", "twin"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command += ["-k", "not torch and not subprocess and not sample and not control and not lock"]
+    command += [str(HERE / f"test_{name}.py") for name in names]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(tmp_path / "src"),
+        "PYTHONMALLOC": "malloc",
+        "LD_PRELOAD": library,
+        "ASAN_OPTIONS": "detect_leaks=0:handle_segv=1",
+    }
+    used = [sys.executable, "-c", "from drivetrain.hal import _hot; print(_hot.__file__)"]
+    found = subprocess.run(used, capture_output=True, text=True, check=True, env=environment)
+    assert found.stdout.startswith(str(tmp_path))
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=1700, env=environment
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]

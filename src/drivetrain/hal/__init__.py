@@ -132,6 +132,7 @@ __all__ = [
     "MemoryKind",
     "MemoryResource",
     "Module",
+    "NativePool",
     "Peaks",
     "Plan",
     "Pool",
