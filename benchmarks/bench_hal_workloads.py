@@ -191,9 +191,10 @@ class Workloads:
         if not torch.cuda.is_available():
             raise RuntimeError("this torch has no CUDA")
         where = f"cuda:{self.device.index}"
-        scale = (3.0 / ORDER) ** 0.5  # the values stay about as large as they are
+        # Spread by 1 and by 1 / sqrt(n): each product is spread as its left operand is.
         a, b = (
-            (torch.rand(ORDER, ORDER, device=where) * 2 - 1).mul_(scale).half() for _ in range(2)
+            (torch.rand(ORDER, ORDER, device=where) * 2 - 1).mul_(scale).half()
+            for scale in (3.0**0.5, (3.0 / ORDER) ** 0.5)
         )
         c = torch.empty_like(a)
         torch.cuda.synchronize(where)
@@ -206,7 +207,7 @@ class Workloads:
                 x = ops.matmul(x, right, stream=stream)
 
         first = ops.matmul(left, right, stream=stream)
-        if not np.allclose(first.numpy(), torch.matmul(a, b).cpu().numpy(), rtol=1e-2, atol=1e-2):
+        if not np.allclose(first.numpy(), torch.matmul(a, b).cpu().numpy(), rtol=1e-2, atol=3e-2):
             raise RuntimeError("the product is not torch's")
         print(f"    matmul by {ops.matmul_backend(self.device)}")
         in_c = self._products_in_c(a.clone(), b, c)

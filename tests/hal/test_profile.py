@@ -562,3 +562,19 @@ def test_other_drivers_are_timed_by_their_events(driver: str, rig_of: Any) -> No
     assert [each.timed for each in profile.lines("graph")] == [1]
     assert profile.as_json()["devices"][rig.device.address]["clock"] == "device"
     assert wrong_events(profile.chrome_trace()) == []
+
+
+def test_more_work_than_can_be_timed_is_counted_without_times(
+    device: hal.Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from drivetrain.hal import timeline
+
+    monkeypatch.setattr(timeline, "_MOST_PENDING", 50)
+    work = Work(simulated(monkeypatch, "count=1 latency_us=1000"))
+    with hal.profile() as profile:
+        work.add(200)
+    add = line(profile, "kernel", "add")
+    assert add.calls == 200
+    assert 50 <= add.timed < 200
+    assert "calls without times" in profile.table()
+    assert f"{add.timed} of 200" in profile.table()

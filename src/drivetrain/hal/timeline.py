@@ -284,7 +284,9 @@ class Collector:
             return
         with self._lock:
             if len(self._pending) >= _MOST_PENDING:
-                self._flush()
+                self._since += 1
+                if self._since >= _FLUSH:
+                    self._flush()
                 if len(self._pending) >= _MOST_PENDING:
                     return
         try:
