@@ -14,13 +14,16 @@ from drivetrain.hal.language.tree import (
     Binary,
     Block,
     Cast,
+    Compound,
     Construct,
     Continue,
     Decay,
     Decl,
+    Do,
     Expr,
     Index3,
     Intrinsic,
+    Lit,
     Loop,
     PointerAdd,
     Ref,
@@ -28,13 +31,16 @@ from drivetrain.hal.language.tree import (
     Stmt,
     Subscript,
     Var,
+    walk,
 )
 from drivetrain.hal.language.types import (
     I32,
     I64,
     U32,
     U64,
+    VOID,
     Array,
+    is_float,
     is_scalar,
 )
 
@@ -354,6 +360,11 @@ class RowPrinter(CppPrinter):
 
     def loop(self, s: Loop) -> None:
         self.loops += 1
+        if self.in_thread and _reads_here_and_there(s):
+            # In order, vectors of scattered values are slower than one value after another.
+            serial = Do(s.line, Intrinsic(VOID, s.line, "serial", []))
+            body = Block(s.body.line, [serial, *s.body.body])
+            s = Loop(s.line, s.test, s.step, body, s.post, s.unroll)
         super().loop(s)
         self.loops -= 1
 
@@ -401,3 +412,18 @@ def regions(items: list[Item]) -> Iterator[Region]:
             yield from regions(item.no)
         elif isinstance(item, Repeat):
             yield from regions(item.body)
+
+
+def _reads_here_and_there(loop: Loop) -> bool:
+    """A loop of unknown length that adds up what lies where other memory says."""
+    if isinstance(loop.test, Binary) and isinstance(loop.test.right, Lit):
+        return False
+    nodes = list(walk(loop.body))
+    return (
+        not any(isinstance(node, Loop) for node in nodes)
+        and any(isinstance(node, Compound) and is_float(node.type) for node in nodes)
+        and any(
+            isinstance(node, Subscript) and any(isinstance(n, Subscript) for n in walk(node.index))
+            for node in nodes
+        )
+    )

@@ -164,6 +164,9 @@ static inline int dt_read_vote_all(const uchar *all, long t, long count, uint ma
   return dt_read_vote_ballot(all, t, count, mask) == (mask & lanes);
 }
 
+/* Keeps a loop from being made of vectors. */
+DT_INLINE void dt_serial() { __asm__ volatile(""); }
+
 struct dt_fibers;
 struct dt_block {
   uint grid[3], block[3], index[3], threads;

@@ -25,7 +25,7 @@ _NAMES = ("g++", "clang++", "c++")
 _FLAGS = (
     "-std=c++17", "-shared", "-fPIC", "-w", "-fvisibility=hidden", "-fwrapv",
     "-fno-strict-aliasing", "-fno-math-errno", "-fno-trapping-math", "-fno-exceptions",
-    "-fno-rtti", "-fno-finite-loops",
+    "-fno-rtti", "-fno-finite-loops", "-fsigned-char",
 )  # fmt: skip
 _FAST = (
     "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffp-contract=fast",
