@@ -483,3 +483,20 @@ def test_python_threads_share_it(rig: Any, pool: NativePool) -> None:
     rig.device.synchronize()
     assert pool.stats().live == 0
     pool.trim()
+
+
+@pytest.mark.soak  # it waits for 10 seconds
+def test_work_that_does_not_end_costs_the_memory_and_not_the_program(
+    rig: Any, pool: NativePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait for memory that is in use ends; what is in use stays in use."""
+    stream, other = rig.device.stream(), rig.device.stream()
+    _, total = opened(rig.device).backend.memory()
+    buffer = rig.alloc(total // 2, stream, pool=pool)
+    rig.kernel("hold")(stream, 1, 1, 0)
+    buffer.close()
+    with pytest.raises(OutOfMemory):
+        rig.alloc(total // 4 * 3, other, pool=pool)
+    assert pool.stats().reserved >= total // 2
+    rig.fake.release()
+    rig.alloc(total // 4 * 3, other, pool=pool).close()

@@ -16,6 +16,7 @@
 #define LARGE_GRAIN (UINT64_C(2) << 20)
 #define MOST_BYTES (UINT64_C(1) << 48)
 
+#define MOST_WAIT_NS INT64_C(10000000000) /* for memory that is in use still */
 #define NOT_READY 600
 #define DISABLE_TIMING 2u
 
@@ -331,10 +332,18 @@ static void drop_segment(dt_pool *pool, segment *s) {
     free(s);
 }
 
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* Whether the event is done; with wait set it may take a while to become so. */
 static int done(dt_pool *pool, void *event, int wait) {
+    int64_t until = wait ? now_ns() + MOST_WAIT_NS : 0;
     enter(pool);
     int code = ((call_p)pool->calls.event_query)(event);
-    while (code == NOT_READY && wait) {
+    while (code == NOT_READY && wait && now_ns() < until) {
         struct timespec pause = {0, 50000};
         nanosleep(&pause, NULL);
         code = ((call_p)pool->calls.event_query)(event);
@@ -343,24 +352,26 @@ static int done(dt_pool *pool, void *event, int wait) {
     return code != NOT_READY;
 }
 
-/* Waits for the streams that let something go. The driver may wait itself when memory is freed, and
- * does not promise it. */
-static void settle(dt_pool *pool) {
-    for (size_t i = 0; i < pool->list_count; i++) {
+/* Waits for the streams that let something go; 0 when one of them does not come to an end. The
+ * driver may wait itself when memory is freed, and does not promise it. */
+static int settle(dt_pool *pool) {
+    int quiet = 1;
+    for (size_t i = 0; i < pool->list_count && quiet; i++) {
         uint64_t stream = pool->lists[i].stream;
         if (!pool->lists[i].count || captured(pool, stream)) continue;
         void *event = take_event(pool);
-        if (!event) continue;
+        if (!event) return 0;
         enter(pool);
         if (!told(pool, ((call_record)pool->calls.event_record)(event, stream)))
-            done(pool, event, 1);
+            quiet = done(pool, event, 1);
         give_event(pool, event);
     }
+    return quiet;
 }
 
 static uint64_t trim(dt_pool *pool, uint64_t keep) {
     uint64_t given = 0;
-    if (pool->counts.reserved > keep) settle(pool);
+    if (pool->counts.reserved > keep && !settle(pool)) return 0;
     for (segment *s = pool->segments, *next; s && pool->counts.reserved > keep; s = next) {
         next = s->after;
         int idle = 1;
