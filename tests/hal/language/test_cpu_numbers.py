@@ -83,6 +83,23 @@ def test_floats_become_whole_numbers_by_saturation(kernels):
     assert i64.tolist() == limited
 
 
+def test_a_constant_is_converted_like_a_value_that_is_only_known_later(kernels):
+    text = """
+    __global__ void k(const double *x, int *out) {
+      out[0] = (unsigned char)(-2.5);
+      out[1] = (unsigned char)x[0];
+      out[2] = (short)(70000.9);
+      out[3] = (short)x[1];
+      out[4] = (signed char)(float)(3e9);
+      out[5] = (signed char)(float)x[2];
+      out[6] = (unsigned)(-2.5);
+      out[7] = (unsigned)x[0];
+    }"""
+    out = np.zeros(8, np.int32)
+    kernels(text)("k", 1, 1, np.array([-2.5, 70000.9, 3e9]), out)
+    assert out.tolist() == [254, 254, 4464, 4464, -1, -1, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("options", "once"), [((), False), (("--fmad=true",), True), (("--fmad=false",), False)]
 )

@@ -76,6 +76,9 @@ def cast_value(value: int | float, kind: Scalar) -> int | float:
     if isinstance(value, float):
         if math.isnan(value):
             return 0
+        if kind.size < I32.size:
+            # Devices convert to 32 bits and keep the lowest of them.
+            return wrap(int(cast_value(value, I32)), kind)
         low = -(1 << (kind.bits - 1)) if kind.kind == "int" else 0
         high = (1 << (kind.bits - (kind.kind == "int"))) - 1
         return high if value >= high else low if value <= low else int(value)
