@@ -143,8 +143,7 @@ def test_a_job_goes_to_an_opencl_device_only_when_it_is_named(run: Run) -> None:
 
 
 @platform
-@pytest.mark.parametrize("memory", ["svm", "buffers"])
-@pytest.mark.parametrize("native", ["1", "0"], ids=["native", "twin"])
+@pytest.mark.parametrize(("memory", "native"), [("svm", "1"), ("buffers", "1"), ("svm", "0")])
 def test_the_same_kernel_in_opencl_c_and_cuda_c_gives_the_same(
     run: Run, memory: str, native: str
 ) -> None:
