@@ -27,7 +27,11 @@ MAP = (0, 3, 3, 7)
         ("<kernel>:12:5: note: here", "user.cu:12: note: here"),
         ("12:5: error: no", "user.cu:12: error: no"),
         ("/tmp/x/tempfile_a1.cl:3:4: error: no", "user.cu:3: error: no"),
-        ("/tmp/comgr-1/input/CompilerSource:3:4: error: no", "user.cu:3: error: no"),
+        ("/tmp/comgr-1/input/CompileSource:3:4: error: no", "user.cu:3: error: no"),
+        (
+            "/tmp/comgr-1/include/other.h:3:4: error: no",
+            "/tmp/comgr-1/include/other.h:3: error: no",
+        ),
         ("include/cuda_fp16.h(99): error: no", "include/cuda_fp16.h:99: error: no"),
         ("other.cu:12:5: error: no", "other.cu:12: error: no"),
         (f"{GENERATED}:4:1: error: no", f"{GENERATED}:4: error: no"),

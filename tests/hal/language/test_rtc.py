@@ -166,6 +166,15 @@ def test_headers_of_cuda(header: str) -> None:
 
 
 @nvidia
+def test_halves_need_no_header_as_on_other_targets() -> None:
+    made = compile(Source.cuda("__global__ void k(__half *p, half h) { p[0] = h; }"), H200)
+    params = made.kernels["k"].params
+    assert params is not None
+    assert [param.type for param in params] == ["ptr", "f16"]
+    compile(Source.cuda("__global__ void half(int *p) { int half = 2; p[0] = half; }"), H200)
+
+
+@nvidia
 def test_an_error_names_the_users_line() -> None:
     text = "#define TWICE(x) ((x) + \\\n (x))\n\n__global__ void k(int *p) {\n  p[0] = TWICE(q);\n}"
     with pytest.raises(CompileError, match=r"for sm_90 by NVRTC .*: user\.cu:5: error:") as caught:
@@ -477,6 +486,8 @@ def test_the_real_hiprtc_makes_a_code_object() -> None:
     assert made.form == "hsaco"
     assert made.code[:4] == b"\x7fELF"
     assert "scale<float,4>" in made.kernels
+    with pytest.raises(CompileError, match=r"user\.cu:3: error: .*undeclared identifier 'q'"):
+        compile(Source.cuda("\n__global__ void k(int *p) {\n  p[0] = q;\n}", name="user.cu"), MI200)
 
 
 # -- where the libraries are -----------------------------------------------------------------------

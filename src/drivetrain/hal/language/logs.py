@@ -51,7 +51,7 @@ def explain(log: str, name: str, lines: Sequence[int] = ()) -> str:
 
 def _temporary(file: str) -> bool:
     """OpenCL platforms build from files of their own making."""
-    return bool(re.search(r"(?:^|/)(?:tempfile[^/]*|CompilerSource|comgr-[^/]*/[^/]*)$", file)) or (
+    return bool(re.search(r"(?:^|/)(?:tempfile[^/]*|CompilerSource|comgr-[^/]*/(?:input/)?[^/]*)$", file)) or (
         file.endswith((".cl", "source", "input")) and "/" in file
     )
 

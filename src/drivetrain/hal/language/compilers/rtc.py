@@ -126,8 +126,8 @@ class _Job:
         headers |= dict.fromkeys(sorted(empty & included), "\n")  # hiprtc takes no empty one
         others = bool(included - headers.keys())
         options = self._nvrtc_options() if nvidia else self._hiprtc_options()
-        if nvidia and others:
-            options += [f"--include-path={folder}" for folder in self.library.include]
+        paths = [f"--include-path={folder}" for folder in self.library.include] if nvidia else []
+        options += paths if others else []
         return {
             "library": str(self.library.path),
             "preload": [str(path) for path in self.library.preload],
@@ -135,7 +135,8 @@ class _Job:
             "text": self.source.text,
             "name": self.source.name,
             "headers": headers,
-            "bundled": nvidia and others,
+            "bundled": nvidia,
+            "halves": ["--pre-include=cuda_fp16.h", *([] if others else paths)] if nvidia else [],
             "names": list(names),
             "arch": self._architecture(),
             "options": options,

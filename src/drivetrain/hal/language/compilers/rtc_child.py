@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _OK = 0
+_HALVES = ("half", "__half")
+"""Types that other targets know without their header."""
 _BEFORE_11_2 = [35, 37, 50, 52, 53, 60, 61, 62, 70, 72, 75, 80]
 """What CUDA 11.0 compiles for; it cannot be asked."""
 
@@ -122,6 +124,9 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
         return {**result, "status": 5, "word": "architecture"}
     options = [*job["options"], f"--gpu-architecture={result['arch']}"]
     result |= _tried(rtc, job, options, job["names"])
+    if result["status"] != _OK and any(f'"{w}" is undefined' in result["log"] for w in _HALVES):
+        options = [*options, *job["halves"]]
+        result |= _tried(rtc, job, options, job["names"])
     if result["status"] != _OK and "open source file" in result["log"]:
         found = _headers(rtc, job)
         if found:
