@@ -20,6 +20,8 @@ _PLACE = re.compile(
     re.IGNORECASE | re.ASCII,
 )
 
+_MADE = re.compile(r"(?:^|/)(?:tempfile[^/]*|CompilerSource|comgr-[^/]*/(?:input/)?[^/]*)$")
+
 
 def explain(log: str, name: str, lines: Sequence[int] = ()) -> str:
     """The log with each place written as ``NAME:LINE: message``.
@@ -51,9 +53,7 @@ def explain(log: str, name: str, lines: Sequence[int] = ()) -> str:
 
 def _temporary(file: str) -> bool:
     """OpenCL platforms build from files of their own making."""
-    return bool(re.search(r"(?:^|/)(?:tempfile[^/]*|CompilerSource|comgr-[^/]*/(?:input/)?[^/]*)$", file)) or (
-        file.endswith((".cl", "source", "input")) and "/" in file
-    )
+    return bool(_MADE.search(file)) or (file.endswith((".cl", "source", "input")) and "/" in file)
 
 
 def first_error(log: str) -> str:
