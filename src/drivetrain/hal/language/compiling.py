@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from importlib import import_module
+from pathlib import Path
 from typing import cast
 
 from drivetrain import __version__
@@ -86,8 +88,18 @@ def _told(source: Source) -> dict[str, KernelFacts]:
     return {name: told.get(name, KernelFacts(name, None)) for name in sizes}
 
 
+@lru_cache(maxsize=1)
+def _own_code() -> str:
+    """A digest of this room: what it translates anew must not come out of the cache as before."""
+    digest = hashlib.sha256()
+    room = Path(__file__).parent
+    for path in sorted([*room.glob("*.[ph]*"), *room.glob("compilers/*.py")]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _key(source: Source, target: Target, options: Options, identity: str) -> str:
-    facts = [__version__, identity, asdict(target), asdict(options)]
+    facts = [__version__, _own_code(), identity, asdict(target), asdict(options)]
     words = asdict(source)
     words["data"] = hashlib.sha256(source.data).hexdigest()
     text = json.dumps([*facts, words], sort_keys=True, default=str)
