@@ -73,11 +73,10 @@ def elementwise(
         shape = layout.broadcast(*(each.shape for each in arrays), op=name)
         out = new(shape, to, stream)
     shape = out.shape
+    arrays = [_apart(each, out, stream) for each in arrays]
     steps = [layout.stretched(each.shape, each.strides, shape, name) for each in arrays]
     if not out.size:
         return out
-    arrays = [_apart(each, out, name, stream) for each in arrays]
-    steps = [layout.stretched(each.shape, each.strides, shape, name) for each in arrays]
     extents, strides = layout.joined(shape, out.strides, *steps)
     offsets = (out.offset, *(each.offset for each in arrays))
     inner, rows, outer, words, packed = element_kernels.walk(extents, offsets, strides)
@@ -94,7 +93,7 @@ def elementwise(
             values.append(each)
     found = kernel(
         stream.device,
-        "elementwise",
+        element_kernels.kernel_name(name, common),
         element_kernels.elementwise,
         name,
         common,
@@ -107,7 +106,7 @@ def elementwise(
     return out
 
 
-def _apart(array: Array, out: Array, op: str, stream: Stream) -> Array:
+def _apart(array: Array, out: Array, stream: Stream) -> Array:
     """The array, or a copy of it where writing ``out`` would change elements yet to be read."""
     if array.memory is not out.memory or _same_place(array, out):
         return array
@@ -192,7 +191,7 @@ def reduce(name: str, array: Array, axes: Shape, total: DType, out: DType, strea
         target = result if last else new((*kept, parts), total, stream)
         found = kernel(
             stream.device,
-            "reduce",
+            reductions.kernel_name(name if last else _partial(name), array.dtype),
             reductions.source,
             name if last else _partial(name),
             array.dtype,
@@ -253,7 +252,13 @@ def position(name: str, array: Array, axes: Shape, stream: Stream) -> Array:
     keeping, over = _walked(kept, kept_steps)
     going, along = _walked(gone, tuple(strides[at] for at in axes))
     found = kernel(
-        stream.device, "reduce", reductions.position, name, array.dtype, len(keeping), len(going)
+        stream.device,
+        reductions.kernel_name(name, array.dtype),
+        reductions.position,
+        name,
+        array.dtype,
+        len(keeping),
+        len(going),
     )
     rows, count = prod(kept), prod(gone)
     packed = reductions.walk(rows, count, 1, array.offset, count, (keeping, over), (going, along))

@@ -55,10 +55,15 @@ def fields(operands: int, outer: int) -> int:
     return 2 + 2 * operands + outer * (1 + operands)
 
 
+def kernel_name(operation: str, common: DType) -> str:
+    """What timelines call the kernel."""
+    return f"{operation}_{common}"
+
+
 def elementwise(
     name: str, common: DType, out: Operand, inputs: tuple[Operand, ...], outer: int
 ) -> Source:
-    """The kernel ``elementwise(out, inputs..., walk)`` of one of `OPERATIONS`.
+    """The kernel ``NAME(out, inputs..., walk)`` of one of `OPERATIONS`; NAME is `kernel_name`.
 
     ``outer`` counts the dimensions besides the innermost one. Each input is a pointer, or a number
     where its step is ``value``; ``where`` takes its condition first.
@@ -99,7 +104,7 @@ def elementwise(
         + HELPERS.get(operation.helper, "")
         + text.record("Walk", fields(count, outer))
         + f"""
-extern "C" __global__ void elementwise({", ".join(parameters)}, Walk w) {{
+extern "C" __global__ void {kernel_name(name, common)}({", ".join(parameters)}, Walk w) {{
     long long x = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     long long y = ((long long)blockIdx.z * gridDim.y + blockIdx.y) * blockDim.y + threadIdx.y;
     if (x >= w.n[0] || y >= w.n[1]) return;
@@ -262,7 +267,7 @@ def _check_elementwise(device: Device, stream: Stream, size: int) -> None:
         strides = [tuple(s // wanted.itemsize for s in wanted.strides)] + [i[2] for i in inputs]
         inner, rows, outer, words, packed = walk(shape, (0, *(i[3] for i in inputs)), strides)
         found = kernel(
-            device, "elementwise", elementwise, name, common, Operand(out, words[0]),
+            device, kernel_name(name, common), elementwise, name, common, Operand(out, words[0]),
             tuple(Operand(i[1], w) for i, w in zip(inputs, words[1:], strict=True)),
             outer,
         )  # fmt: skip

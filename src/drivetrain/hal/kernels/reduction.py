@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from drivetrain.errors import BadInput
 from drivetrain.hal.dtype import DTYPES, DType
 from drivetrain.hal.kernels import text
 from drivetrain.hal.kernels.family import (
@@ -69,7 +68,7 @@ def _start(name: str, dtype: DType) -> str:
 
 ONE_A_THREAD = """
 /* Each thread reduces one part of one row. */
-extern "C" __global__ void reduce(OUT *out, const IN *in, Walk w) {
+extern "C" __global__ void NAME(OUT *out, const IN *in, Walk w) {
     long long rows = w.n[0], count = w.n[1], parts = w.n[2];
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= rows * parts) return;
@@ -100,7 +99,7 @@ extern "C" __global__ void reduce(OUT *out, const IN *in, Walk w) {
 
 ONE_A_BLOCK = """
 /* Each block reduces one part of one row: its threads stride over it, then join as a tree. */
-extern "C" __global__ void reduce(OUT *out, const IN *in, Walk w) {
+extern "C" __global__ void NAME(OUT *out, const IN *in, Walk w) {
     __shared__ T joined[256];
     long long rows = w.n[0], count = w.n[1], parts = w.n[2];
     long long row = (long long)blockIdx.z * gridDim.y + blockIdx.y, part = blockIdx.x;
@@ -134,7 +133,7 @@ extern "C" __global__ void reduce(OUT *out, const IN *in, Walk w) {
 
 POSITION = """
 /* Each thread finds the first extreme of one row, or its first NaN. */
-extern "C" __global__ void reduce(long long *out, const IN *in, Walk w) {
+extern "C" __global__ void NAME(long long *out, const IN *in, Walk w) {
     long long rows = w.n[0], count = w.n[1];
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= rows) return;
@@ -171,6 +170,11 @@ def _common(dtype: DType, kept: int, reduced: int, body: str, truth: bool) -> st
     )
 
 
+def kernel_name(name: str, dtype: DType) -> str:
+    """What timelines call the kernel."""
+    return f"{name}_{dtype}"
+
+
 def source(
     name: str,
     dtype: DType,
@@ -180,8 +184,8 @@ def source(
     reduced: int = 1,
     form: str = "block",
 ) -> Source:
-    """``reduce(out, in, walk)``: ``name`` is one of `NAMES`, ``total`` the type that is calculated
-    in, ``kept`` and ``reduced`` count dimensions.
+    """``NAME(out, in, walk)``, where NAME is `kernel_name`: ``name`` is one of `NAMES`, ``total``
+    the type that is calculated in, ``kept`` and ``reduced`` count dimensions.
 
     ``form`` is ``block``, or for one thread a part: ``spread`` (neighbours take neighbouring
     elements), ``rows`` (neighbouring rows) or ``ranges`` (each a range of its own).
@@ -189,6 +193,7 @@ def source(
     truth = name in ("any", "all")
     last = "a / (T)w.n[5]" if name == "mean" and out.kind == "float" else "a"
     defines = (
+        f"#define NAME {kernel_name(name, dtype)}\n"
         f"#define T {total.computed}\n#define OUT {out.stored}\n"
         f"#define JOIN {_JOIN[name]}\n#define START {_start(name, total)}\n"
         f"#define STORE(x) {text.store(out, 'x')}\n#define LAST {last}\n"
@@ -202,14 +207,15 @@ def source(
 
 
 def position(name: str, dtype: DType, kept: int, reduced: int) -> Source:
-    """``reduce(out, in, walk)`` for ``argmax`` and ``argmin``; out is int64."""
+    """``NAME(out, in, walk)`` for ``argmax`` and ``argmin``; out is int64."""
     sign = ">" if name == "argmax" else "<"
     better = (
         f"(b {sign} a || (b != b && a == a)) && a == a"
         if dtype.kind == "float"
         else (f"b {sign} a")
     )
-    defines = f"#define T {dtype.computed}\n#define BETTER ({better})\n"
+    defines = f"#define NAME {kernel_name(name, dtype)}\n#define T {dtype.computed}\n"
+    defines += f"#define BETTER ({better})\n"
     return Source.cuda(defines + _common(dtype, kept, reduced, POSITION, False), name=f"{name}.cu")
 
 
@@ -264,20 +270,22 @@ def _check(device: Device, stream: Stream, size: int) -> None:
     for name, array, dtype, total, form in cases:
         wanted = reference(name, array, axis=1).astype(total.name)
         made = room(device, stream, wanted.nbytes)
-        found = kernel(device, "reduce", source, name, dtype, total, total, 1, 1, form)
+        found = kernel(
+            device, kernel_name(name, dtype), source, name, dtype, total, total, 1, 1, form
+        )
         packed = walk(3, size, 1, 0, size, ((3,), (size,)), ((size,), (1,)))
         launch(found, stream, rule(3, 1, form), made, put(device, stream, array), packed)
         loose = 1e-5 * float(np.sqrt(size)) if dtype.kind == "float" else 0.0
         agree(f"{name}, {form}", get(made, stream, 3, total.name), wanted, rtol=loose, atol=loose)
     wanted = reference("max", matrix, axis=0)
     made = room(device, stream, wanted.nbytes)
-    found = kernel(device, "reduce", source, "max", f32, f32, f32, 1, 1, "rows")
+    found = kernel(device, kernel_name("max", f32), source, "max", f32, f32, f32, 1, 1, "rows")
     packed = walk(size, 3, 1, 0, 3, ((size,), (1,)), ((3,), (size,)))
     launch(found, stream, rule(size, 1, "rows"), made, put(device, stream, matrix), packed)
     agree("max of columns", get(made, stream, size, np.float32), wanted)
     wanted = np.argmax(whole, axis=1)
     made = room(device, stream, wanted.nbytes)
-    found = kernel(device, "reduce", position, "argmax", i32, 1, 1)
+    found = kernel(device, kernel_name("argmax", i32), position, "argmax", i32, 1, 1)
     packed = walk(3, size, 1, 0, size, ((3,), (size,)), ((size,), (1,)))
     launch(found, stream, rule(3, 1, "rows"), made, put(device, stream, whole), packed)
     agree("argmax", get(made, stream, 3, np.int64), wanted)
@@ -286,10 +294,3 @@ def _check(device: Device, stream: Stream, size: int) -> None:
 FAMILIES = (
     Family("reduction", "rows and columns, by blocks and threads", source, rule, reference, _check),
 )
-
-
-def known(name: str) -> str:
-    """``name``, if it is a reduction. Raises BadInput."""
-    if name not in _JOIN:
-        raise BadInput(f"{name!r} is no reduction; there are {', '.join(_JOIN)}")
-    return name
