@@ -18,11 +18,12 @@ from drivetrain.hal.driver import (
 )
 from drivetrain.hal.drivers import opencl_build
 from drivetrain.hal.drivers.opencl_api import NAME, Api, Cl, address_of, load
-from drivetrain.hal.drivers.opencl_context import Context, Queues
+from drivetrain.hal.drivers.opencl_context import Context
 from drivetrain.hal.drivers.opencl_heaps import heap_of
 from drivetrain.hal.drivers.opencl_memory import Memory
 from drivetrain.hal.drivers.opencl_platforms import Found
 from drivetrain.hal.drivers.opencl_programs import Programs
+from drivetrain.hal.drivers.opencl_queues import Queues
 
 GRID = (2**31 - 1, 65535, 65535)
 """Most blocks. OpenCL does not tell; every GPU's hardware takes this many."""

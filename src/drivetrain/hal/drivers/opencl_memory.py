@@ -8,8 +8,9 @@ from functools import partial
 
 from drivetrain.errors import HalError, OutOfMemory, Timeout
 from drivetrain.hal.drivers.opencl_api import NAME, Cl
-from drivetrain.hal.drivers.opencl_context import Context, Queues
+from drivetrain.hal.drivers.opencl_context import Context
 from drivetrain.hal.drivers.opencl_heaps import Heap
+from drivetrain.hal.drivers.opencl_queues import Queues
 from drivetrain.hal.kinds import Kind, Way
 from drivetrain.hal.telemetry import host, nvml
 
