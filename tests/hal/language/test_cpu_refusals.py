@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from drivetrain import hal
 from drivetrain.errors import BadInput, CompileError, HalError, Unsupported
 from drivetrain.hal.language.compilers import cxx
+from drivetrain.hal.language.facts import Translated
 from drivetrain.hal.language.options import read_options
 
 HEAD = "__global__ void k(int *p, float *f, int n) {\n"
@@ -24,7 +25,7 @@ CASES = {
     "wrong argument": (2, HEAD + " f[0] = sqrtf(p);\n}", "sqrtf does not take"),
     "const": (3, HEAD + " const int x = 1;\n x = 2;\n}", "const"),
     "goto": (2, HEAD + " goto end;\n end: p[0] = 1;\n}", "goto"),
-    "printf": (2, HEAD + ' printf("hello");\n}', "strings|printf"),
+    "printf": (2, HEAD + ' printf("hello");\n}', "printf is not part"),
     "assembly": (2, HEAD + ' asm("nop");\n}', "assembly"),
     "malloc": (2, HEAD + " void *q = malloc(4);\n}", "allocated"),
     "launch": (2, HEAD + " k<<<1, 1>>>(p, f, n);\n}", "launch|not called"),
@@ -218,3 +219,12 @@ def test_a_compiler_that_hangs_or_fails_is_an_error_that_names_it(monkeypatch, t
     monkeypatch.setenv("DRIVETRAIN_CACHE", str(tmp_path / "cache"))
     with pytest.raises(HalError, match=r"slow.*did not end within"):
         hal.device("cpu:0").compile(hal.Source.cuda(HEAD + "}"))
+
+
+def test_what_the_compiler_says_of_translated_code_names_the_users_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("DRIVETRAIN_CACHE", str(tmp_path / "cache"))
+    broken = Translated("int good;\nint bad = ;\n", {}, (4, 7))
+    monkeypatch.setattr(cxx, "translate", lambda program: broken)
+    with pytest.raises(CompileError, match=r"kernel\.cu:7: error") as caught:
+        hal.device("cpu:0").compile(hal.Source.cuda(HEAD + "}"))
+    assert "kernel.cu:7: error" in caught.value.log

@@ -22,6 +22,7 @@ from drivetrain.hal.language.convert import (
     zero,
 )
 from drivetrain.hal.language.declare import starts_type, type_name
+from drivetrain.hal.language.intrinsics import REFUSED
 from drivetrain.hal.language.scope import Constant, Cursor, Overloads, Scope
 from drivetrain.hal.language.tokens import Token, wrong
 from drivetrain.hal.language.tree import (
@@ -463,6 +464,8 @@ class Reader:
             if isinstance(symbol, Overloads):
                 raise wrong(line, f"the function {name} is not called: pointers to it are refused")
             raise wrong(line, f"{name!r} is not known here")
+        if symbol is None and name in REFUSED:
+            raise wrong(line, f"{name}: {REFUSED[name]}")
         inside = Cursor(cursor.balanced(), line)
         reader = Reader(inside, self.scope, self.unit)
         arguments: list[Expr] = []
