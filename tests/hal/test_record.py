@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from functools import cache
@@ -359,3 +361,56 @@ def test_a_recording_of_another_driver_replays_on_the_processor(
     assert recording.complete
     found = hal.replay(tmp_path / "calls", on="cpu:0")
     assert (found.same, found.checks) == (True, 2)
+
+
+def test_a_capture_that_failed_fails_again(device: hal.Device, tmp_path: Path) -> None:
+    stream = device.stream()
+    x = device.alloc(64, stream=stream)
+
+    def fails() -> None:
+        with stream.capture():
+            x.fill(b"\1", stream=stream)
+            raise KeyError("mine")
+
+    with hal.record(tmp_path / "calls"):
+        with pytest.raises(KeyError):
+            fails()
+        x.fill(b"\2", stream=stream)
+    found = hal.replay(tmp_path / "calls")
+    assert (found.same, found.checks) == (True, 1)
+
+
+def test_threads_may_work_while_a_recording_begins_and_ends(
+    device: hal.Device, tmp_path: Path
+) -> None:
+    kernel = device.compile(source()).kernel("mad")
+    stop = threading.Event()
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        stream = device.stream()
+        try:
+            while not stop.is_set():
+                x = device.alloc(4 * N, stream=stream)
+                x.copy_from(ONES, stream=stream)
+                kernel(stream, 2, 256, x, x, 2.0, N)
+                back = bytearray(4 * N)
+                x.copy_to(back, stream=stream)
+                stream.synchronize()
+                assert back == b"\0\0\x40\x40" * N  # 3.0
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for number in range(5):
+        with hal.record(tmp_path / f"calls {number}"):
+            time.sleep(0.05)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    for number in range(5):
+        found = hal.replay(tmp_path / f"calls {number}")
+        assert (found.same, found.complete) == (True, True)

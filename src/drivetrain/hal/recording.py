@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 LIMIT_BYTES = 1 << 30
 PART_BYTES = 32 << 20
 _MOST_PENDING = 256
+_PATIENCE_S = 30.0
+"""For other threads; then the recording is not complete."""
 
 
 class Stop(Exception):
@@ -77,6 +79,10 @@ class Recording:
         self.complete, self.reason = True, ""
         self._limit = limit
         self._lock = threading.RLock()
+        self._turn = threading.Condition(self._lock)
+        self._under_way = 0
+        """Calls of all threads that have begun and not ended."""
+        self._ending = False
         self._here = threading.local()
         self._devices: dict[Opened, int] = {}
         self._streams: dict[tuple[Opened, int], int] = {}
@@ -87,7 +93,9 @@ class Recording:
         self._graphs: dict[int, tuple[int, Graph]] = {}
         self._reads: dict[tuple[Opened, int], list[tuple[int, int, int, object]]] = {}
         self._closing: set[tuple[Opened, int]] = set()
+        self._capturing: set[tuple[Opened, int]] = set()
         self._numbers: dict[str, int] = {}
+        self._ended = False
 
     # -- the block -----------------------------------------------------------------------------
 
@@ -104,9 +112,14 @@ class Recording:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        watch.remove(self)
-        with self._lock:
+        with self._turn:
+            self._ending = True  # other threads' calls wait until the contents are hashed
+            if not self._turn.wait_for(lambda: not self._under_way, _PATIENCE_S):
+                self._stop("calls were under way in other threads when it ended")
             self._guarded(self._final)
+            self._ended = True
+            self._turn.notify_all()
+            watch.remove(self)
             ending = {"complete": self.complete, "reason": self.reason}
             try:
                 self._file.end(**ending, error=type(error).__name__ if error else "")
@@ -131,16 +144,23 @@ class Recording:
         """Do it without being watched by ourselves; what cannot be recorded ends the recording."""
         if not self.complete or getattr(self._here, "busy", False):
             return
+        if not self._lock.acquire(timeout=_PATIENCE_S):  # a finaliser may hold what the other needs
+            self._stop("two threads waited for each other")
+            return
         self._here.busy = True
         try:
-            with self._lock:
+            if not self._ended:
                 run(*facts)
         except (Stop, Full) as error:
-            self.complete, self.reason = False, str(error)
+            self._stop(str(error))
         except (HalError, BadInput, OSError) as error:
-            self.complete, self.reason = False, f"{type(error).__name__}: {error}"
+            self._stop(f"{type(error).__name__}: {error}")
         finally:
             self._here.busy = False
+            self._lock.release()
+
+    def _stop(self, why: str) -> None:
+        self.complete, self.reason = False, why
 
     # -- numbers for things ----------------------------------------------------------------------
 
@@ -181,7 +201,9 @@ class Recording:
 
     def _adopt(self, root: Buffer) -> None:
         device = self._device(root._opened)
-        root._settle()
+        for user in (root._home, *(root._users or ())):
+            if user is not None and user.handle and user._graph is None:
+                user.synchronize()
         stream = root._opened.inner_stream("record")
         content = b"".join(_parts(root, stream))
         self._note_buffer(root, device, self._file.blob(content))
@@ -243,6 +265,12 @@ class Recording:
         """Whether it is to be written down when it ends."""
         if work.part or getattr(self._here, "linking", False):
             return False
+        if work.captured and (work.opened, work.stream) not in self._capturing:
+            return False  # into a graph whose capture began before
+        if work.kind != "wait" and not getattr(self._here, "busy", False):
+            with self._turn:
+                self._turn.wait_for(lambda: self._ended or not self._ending, _PATIENCE_S)
+                self._under_way += 1
         self._guarded(self._prepare, work)
         if work.kind == "link":
             self._here.linking = True
@@ -264,6 +292,10 @@ class Recording:
             self._here.linking = False
         if token and error is None:
             self._guarded(self._write, work)
+        if token and work.kind != "wait" and not getattr(self._here, "busy", False):
+            with self._turn:
+                self._under_way -= 1
+                self._turn.notify_all()
 
     def _write(self, work: Work) -> None:
         opened = work.opened
@@ -331,6 +363,7 @@ class Recording:
             "stream closed": self._told_stream_closed,
             "capture": self._told_capture,
             "captured": self._told_captured,
+            "abandoned": self._told_abandoned,
             "graph set": self._told_graph_set,
         }
         run = told.get(what)
@@ -379,10 +412,18 @@ class Recording:
         number = self._next("graph")
         self._graphs[id(graph)] = (number, graph)
         on = self._stream(stream._opened, stream.handle)
+        self._capturing.add((stream._opened, stream.handle))
         self._file.entry("capture", n=number, stream=on)
 
     def _told_captured(self, graph: Graph, stream: Stream) -> None:
-        self._file.entry("captured", graph=self._graphs[id(graph)][0])
+        if id(graph) in self._graphs:
+            self._capturing.discard((stream._opened, stream.handle))
+            self._file.entry("captured", graph=self._graphs[id(graph)][0])
+
+    def _told_abandoned(self, graph: Graph, stream: Stream) -> None:
+        if id(graph) in self._graphs:
+            self._capturing.discard((stream._opened, stream.handle))
+            self._file.entry("abandoned", graph=self._graphs.pop(id(graph))[0])
 
     def _told_graph_set(self, graph: Graph, node: int, index: int, value: Any) -> None:
         found = self._graphs.get(id(graph))

@@ -97,7 +97,9 @@ class _Player:
         self.events: dict[int, Event] = {}
         self.graphs: dict[int, Graph] = {}
         self.captures: dict[int, ExitStack] = {}
-        self.reads: dict[int, bytearray] = {}
+        self.capturing: dict[int, int] = {}
+        """Graph -> the stream that it is captured from now."""
+        self.reads: dict[int, tuple[bytearray, int]] = {}
 
     def play(self, number: int, entry: dict[str, Any]) -> None:
         facts = dict(entry)
@@ -219,17 +221,19 @@ class _Player:
         found = self._part(source)
         if not 0 <= nbytes <= found.nbytes:
             raise self.file.damaged(f"entry {self.number} reads {nbytes} of {found.nbytes} bytes")
-        self.reads[n] = bytearray(nbytes)
-        found.copy_to(self.reads[n], stream=self.streams[stream])
+        content = bytearray(nbytes)
+        self.reads[n] = content, stream
+        found.copy_to(content, stream=self.streams[stream])
 
     def on_check(self, read: int, hash: str) -> None:
-        for stream in self.streams.values():
-            stream.synchronize()
-        self._compare(digest(self.reads.pop(read)), hash, f"what was read (read {read})")
+        content, stream = self.reads.pop(read)
+        self.streams[stream].synchronize()
+        self._compare(digest(content), hash, f"what was read (read {read})")
 
     def on_final(self, buffer: int, hash: str) -> None:
-        for stream in self.streams.values():
-            stream.synchronize()
+        for number, stream in self.streams.items():
+            if number not in self.capturing.values():  # the recording ended meanwhile
+                stream.synchronize()
         found = self.buffers[buffer]
         device = next(n for n, d in self.devices.items() if d == found.device)
         what = f"buffer {buffer} of {found.nbytes} bytes at the end"
@@ -245,12 +249,18 @@ class _Player:
         self.streams[stream].synchronize()
 
     def on_capture(self, n: int, stream: int) -> None:
-        self.captures[n] = ExitStack()
-        self.left.push(self.captures[n])
+        self.captures[n] = self.left.enter_context(ExitStack())
         self.graphs[n] = self.captures[n].enter_context(self.streams[stream].capture())
+        self.capturing[n] = stream
 
     def on_captured(self, graph: int) -> None:
+        del self.capturing[graph]
         self.captures.pop(graph).close()
+
+    def on_abandoned(self, graph: int) -> None:
+        del self.capturing[graph]
+        error = RuntimeError("as it was recorded")
+        self.captures.pop(graph).__exit__(RuntimeError, error, None)
 
     def on_graph(self, stream: int, graph: int) -> None:
         self.graphs[graph].launch(self.streams[stream])

@@ -274,6 +274,8 @@ class Stream(StreamCore):
         except BaseException:
             self._graph = None
             graph._abandon(self)
+            if watch.active:
+                watch.tell("abandoned", graph, self)
             raise
         else:
             self._graph = None
