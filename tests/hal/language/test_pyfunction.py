@@ -133,7 +133,7 @@ def test_a_text_stands_alone_and_does_the_same(modules: Callable[..., ModuleType
     )
     found = function_text(user.kernel)
     assert found.parameters == ("x", "flag")
-    got = run(found.text, found.name)(5)
+    got = run(found.text, found.entry)(5)
     want = user.kernel(5)
     assert got[0] == want[0] == helper.more(105)
     assert (got[1].value, got[2].value, got[3].name) == (want[1], want[2], want[3].name)
@@ -253,7 +253,7 @@ def test_any_names_mean_what_they_meant(rows: list[tuple[str, int, str]]) -> Non
         text = found.text.replace("import triton as _drivetrain_triton", "")
         text = text.replace("@_drivetrain_triton.jit", "")
         text = text.replace("_drivetrain_triton.language.constexpr", "")
-        assert run(text, found.name)(3) == fn(3)
+        assert run(text, found.entry)(3) == fn(3)
     finally:
         sys.path.remove(str(folder.resolve()))
 
@@ -263,6 +263,14 @@ def test_the_text_is_the_same_each_time(modules: Callable[..., ModuleType]) -> N
         "A = 1\nB = 2\nC = 3\ndef f(x):\n    return x + C\ndef g(x):\n    return f(x) + A + B + C\n"
     )
     assert function_text(user.g) == function_text(user.g)
+
+
+def test_a_kernel_may_be_called_as_a_builtin_is(modules: Callable[..., ModuleType]) -> None:
+    user = modules("def max(x, y):\n    return min(x, y)\n")
+    found = function_text(user.max)
+    assert found.name == "max"
+    assert found.entry != "max"
+    assert run(found.text, found.entry)(1, 2) == 1
 
 
 BAD = {

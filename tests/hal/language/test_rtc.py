@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 import struct
@@ -23,6 +24,7 @@ from drivetrain.hal.language.frontend import program
 from drivetrain.hal.language.options import read_options
 from drivetrain.hal.language.signature import kernel_params
 from drivetrain.hal.language.source import Source
+from drivetrain.hal.language.tokens import scan
 
 H200 = Target("cuda", "sm_90", ("fp64",), "")
 NEWER = Target("cuda", "sm_999", ("fp64",), "")
@@ -319,6 +321,24 @@ def test_without_the_parser_a_kernel_without_types_of_its_own_is_told(
     assert with_parser["named"].facts.launch_bounds == 64
     (alone,) = written_kernels("__global__ void __launch_bounds__(2 * 32, 1) k(uint n) {}", {})
     assert (alone.facts.params, alone.facts.launch_bounds) == ((Param("u32", 4, "n"),), 64)
+
+
+def test_any_text_is_scanned() -> None:
+    """What no longer is CUDA C costs the facts of kernels, never an error of ours."""
+    chance = random.Random(7)
+    words = [(token.text, token.start, token.space) for token in scan(KERNELS)]
+    for _ in range(60):
+        mixed = list(words)
+        for _ in range(chance.randrange(1, 8)):
+            at = chance.randrange(len(mixed))
+            if chance.random() < 0.5:
+                del mixed[at]
+            else:
+                mixed.insert(at, chance.choice(words))
+        text = "".join(f"{chr(10) * start}{' ' * space}{word}" for word, start, space in mixed)
+        for kernel in written_kernels(text, {}):
+            assert kernel.name
+            assert kernel.expression
 
 
 def test_parameters_that_the_compiler_has_otherwise_are_not_told() -> None:

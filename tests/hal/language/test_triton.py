@@ -154,6 +154,14 @@ def test_whether_products_and_sums_are_fused_is_ours_to_say(kernels: Any, tmp_pa
 
 
 @real
+def test_a_kernel_has_the_name_that_it_is_given(kernels: Any) -> None:
+    assert list(compile(add(kernels), Target("hip", "gfx942")).kernels) == ["add"]
+    renamed = compile(add(kernels, name="add wide"), Target("hip", "gfx942"))
+    assert list(renamed.kernels) == ["add wide"]
+    assert renamed.kernels["add wide"].symbol == "add"
+
+
+@real
 def test_every_type_of_a_number(kernels: Any) -> None:
     words = ["i1", "i8", "i16", "i32", "i64", "u8", "u16", "u32", "u64", "fp16", "bf16", "fp64"]
     types = dict(zip("abcdefghijkl", words, strict=True)) | {"out": "*fp64"}

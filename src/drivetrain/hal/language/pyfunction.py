@@ -36,7 +36,9 @@ class FunctionText:
     """A module's text with one function, and all that it needs, in it."""
 
     name: str
-    """The function's, in the text."""
+    """The function's."""
+    entry: str
+    """Its name in the text: another one where its own means something else there."""
     text: str
     parameters: tuple[str, ...]
     lines: tuple[int, ...]
@@ -55,7 +57,7 @@ def function_text(fn: Callable[..., Any]) -> FunctionText:
     every = (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)
     parameters = tuple(argument.arg for argument in every)
     text = "".join(f"{line}\n" for line, _ in out)
-    return FunctionText(entry, text, parameters, tuple(line for _, line in out))
+    return FunctionText(read.name, entry, text, parameters, tuple(line for _, line in out))
 
 
 @dataclass

@@ -102,8 +102,10 @@ class Source:
         of the module; nothing else, and nothing of an enclosing function.
 
         ``signature`` is each parameter's type: ``*fp32`` for a pointer, ``i32``, ``fp32``, ...;
-        parameters in ``constants`` may be left out of it. ``name`` renames the kernel as errors and
-        `Module.kernel` know it (the function's own name otherwise). Raises BadInput.
+        parameters in ``constants`` may be left out of it. Nothing is assumed of their values: where
+        a pointer or a number is a multiple of 16, say so in the kernel (``tl.multiple_of``).
+        ``name`` renames the kernel as errors and `Module.kernel` know it (the function's own name
+        otherwise). Raises BadInput.
         """
         from drivetrain.hal.language.pyfunction import function_text
 
@@ -141,7 +143,7 @@ class Source:
             "triton",
             _name(name or found.name),
             _text(found.text),
-            form=found.name,
+            form=found.entry,
             signature=tuple((key, types[key]) for key in found.parameters),
             constants=tuple((key, values[key]) for key in found.parameters if key in values),
             num_warps=num_warps,

@@ -96,7 +96,7 @@ def build(source: Source, target: Target, options: Options) -> Compiled:
             form, sizes = "hsaco", place / "code.amdgcn"
         code = (place / f"code.{form}").read_bytes()
         facts = _facts(source, job["target"], result, sizes.read_text(errors="replace"))
-    return Compiled(form, code, {source.form: facts}, "")
+    return Compiled(form, code, {source.name: facts}, "")
 
 
 def _installed() -> tuple[Path, str]:
