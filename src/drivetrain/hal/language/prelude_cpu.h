@@ -171,7 +171,6 @@ struct dt_fibers;
 struct dt_block {
   uint grid[3], block[3], index[3], threads;
   char *shared, *dynamic, *scratch;
-  const size_t *offsets; /* of shared memory that functions other than the kernel declare */
   dt_fibers *fibers;
 };
 extern "C" {
