@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from drivetrain import hal
-from drivetrain.hal.conformance import checks
+from drivetrain.hal.conformance.check import checks
 from drivetrain.hal.conformance.child import outcome
 from drivetrain.hal.conformance.running import SIMULATED
 

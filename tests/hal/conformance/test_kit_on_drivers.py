@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from drivetrain import hal
-from drivetrain.hal.conformance import checks
-from drivetrain.hal.conformance.check import TOPICS
+from drivetrain.hal.conformance.check import TOPICS, checks
 
 LIMIT_S = 600
 """For a machine that is shared; alone on two cores each run takes about a minute."""

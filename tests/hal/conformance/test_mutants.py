@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from drivetrain.errors import BadInput
-from drivetrain.hal.conformance import checks, mutants
+from drivetrain.hal.conformance import mutants
+from drivetrain.hal.conformance.check import checks
 from drivetrain.hal.conformance.mutants import CAUGHT_BY, Verdict, prove
 from drivetrain.hal.drivers.simulated_mutants import MUTANTS, defect_of
 

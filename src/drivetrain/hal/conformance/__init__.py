@@ -8,8 +8,8 @@ A backend may offer three things for the kit alone: ``inject(text)``, which make
 holds by name, and ``checks_addresses = True`` when freeing what is not allocated is a HalError.
 """
 
-from drivetrain.hal.conformance.check import Check, Failed, checks
+from drivetrain.hal.conformance.check import Check, Failed
 from drivetrain.hal.conformance.report import Report, Result
 from drivetrain.hal.conformance.running import run
 
-__all__ = ["Check", "Failed", "Report", "Result", "checks", "run"]
+__all__ = ["Check", "Failed", "Report", "Result", "run"]
