@@ -400,6 +400,8 @@ def rig_of(
         source = hal.Source.binary(request.getfixturevalue("kernels_so"), "so")
         return Rig(driver, one, two, source)
 
+    if "opencl" not in request.fixturenames:  # it is listed in a child, anew for each state folder
+        Path("drivetrain.toml").write_text('[drivers]\ndisable = ["opencl"]\n')
     hal.close_all()
     yield make
     hal.close_all()

@@ -8,6 +8,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,11 @@ from drivetrain.hal import MemoryKind, dlpack
 from drivetrain.hal.opened import opened
 
 numpy = pytest.importorskip("numpy")
+
+
+@pytest.fixture(autouse=True)
+def _only_the_cpu(tmp_path: Path) -> None:
+    (tmp_path / "drivetrain.toml").write_text('[drivers]\ndisable = ["opencl"]\n')
 
 
 @pytest.fixture
