@@ -380,6 +380,17 @@ def test_shapes_change_as_numpys_do() -> None:
             call()
 
 
+def test_transposed_matrices_are_copied_and_multiplied_everywhere(where: dict[str, str]) -> None:
+    a, b = numbers("float32", (70, 45)), numbers("float32", (70, 33), 1)
+    x, y = ops.asarray(a, **where), ops.asarray(b, **where)
+    agree(ops.reshape(x.T, (-1,)), a.T.reshape(-1))
+    agree(ops.reshape(x[1:, 2:].T, (-1,)), a[1:, 2:].T.reshape(-1))
+    agree(x.T @ y, a.T @ b, 30.0)
+    agree(ops.reshape(x.T, (5, 9, 70)) @ y, a.T.reshape(5, 9, 70) @ b, 30.0)
+    moved = ops.permute_dims(ops.reshape(x, (7, 10, 45)), (1, 0, 2))
+    agree(ops.sum(moved, axis=1), a.reshape(7, 10, 45).sum(0), 30.0)
+
+
 def test_take_where_and_clip() -> None:
     array = numbers("float32", (4, 5, 3))
     x = ops.asarray(array, **CPU)

@@ -139,10 +139,15 @@ def test_a_product_takes_its_turn_in_the_stream(way: str) -> None:
         assert np.allclose(found.numpy(), np.broadcast_to(rows, (300, 300)), atol=1e-3)
 
 
-def test_more_batches_than_a_grid_has_blocks() -> None:
-    a, b = numbers((70_001, 1, 2), "int32"), numbers((2, 1), "int32", 1)
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [((70_001, 1, 2), (2, 1)), ((1, 1), (1, 1_100_000)), ((1_100_000, 1), (1, 1))],
+)
+def test_more_of_it_than_a_grid_has_blocks(dtype: str, left: Any, right: Any) -> None:
+    a, b = numbers(left, dtype), numbers(right, dtype, 1)
     found = ops.asarray(a, **CPU) @ ops.asarray(b, **CPU)
-    assert np.array_equal(found.numpy(), a @ b)
+    assert np.allclose(found.numpy(), a @ b, rtol=1e-5, atol=1e-5)
 
 
 # -- which library ---------------------------------------------------------------------------------

@@ -106,7 +106,9 @@ def _fitted(
     steps = [layout.stretched(x.shape[:-2], x.strides[:-2], batch, "matmul") for x in (out, a, b)]
     extents, walks = layout.joined(batch, *steps)
     (m, k), n = a.shape[-2:], b.shape[-1]
-    if len(extents) > 1 or max(m, n, k, *a.strides, *b.strides, *extents) > _INT32:
+    if len(extents) > 1 or max(m, n, k, *a.strides, *b.strides) > _INT32:
+        return None
+    if extents and extents[0] > _MOST_BATCHES:
         return None
     turned_a, lda = _leading(a)
     turned_b, ldb = _leading(b)
@@ -149,6 +151,10 @@ def matmul_backend(device: Device | str = "") -> str:
 def own(out: Array, a: Array, b: Array, batch: Shape, on: Stream) -> None:
     """By our own kernels."""
     dtype, (m, k), n = a.dtype, a.shape[-2:], b.shape[-1]
+    if n > gemm.MOST_COLUMNS:
+        for part in (slice(None, n // 2), slice(n // 2, None)):
+            own(out[..., part], a, b[..., part], batch, on)
+        return
     strips = opened(on.device).backend.target.kind == "cpu"
     if strips and n > 1 and b.strides[-1] != 1:
         b = strided.compact(b, on)

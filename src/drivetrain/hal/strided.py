@@ -135,7 +135,7 @@ def compact(array: Array, stream: Stream, *, always: bool = False) -> Array:
     gpu = opened(stream.device).backend.target.kind != "cpu"
     if gpu and len(extents) == 2 and strides[0] == 1 and strides[1] >= extents[0]:
         rows, columns = extents[1], extents[0]
-        if rows < 1 << 31 and columns < 1 << 31:
+        if rows <= transpose.MOST_ROWS and columns < 1 << 31:
             out = new(array.shape, array.dtype, stream)
             found = kernel(stream.device, "transpose", transpose.source, array.dtype.nbytes)
             where = (out.writes(stream), array.reads(stream))

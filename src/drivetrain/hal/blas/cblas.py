@@ -36,6 +36,8 @@ _SMALL = 1 << 18
 _NAMES = [(prefix, suffix) for suffix in ("64_", "_64", "") for prefix in ("scipy_", "")]
 """How builds rename their symbols; those with 64 count in 64 bits."""
 
+_MFD_EXEC = 0x10
+
 _lock = threading.Lock()
 _loaded: dict[str, Any] = {}
 _files: list[int] = []
@@ -48,13 +50,21 @@ def _copied(library: Library) -> Any:
         for path in library.before:
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
         data = Path(library.path).read_bytes()
-        file = os.memfd_create("drivetrain-blas", getattr(os, "MFD_CLOEXEC", 1))
+        file = _memory_file()
         with os.fdopen(os.dup(file), "wb") as copy:
             copy.write(data)
         _files.append(file)
         return _quietly(f"/proc/self/fd/{file}")
     except OSError as error:
         raise Unusable(str(error)) from error
+
+
+def _memory_file() -> int:
+    """A file in memory that may be executed; kernels before 6.3 do not know the flag."""
+    try:
+        return os.memfd_create("drivetrain-blas", os.MFD_CLOEXEC | _MFD_EXEC)
+    except OSError:
+        return os.memfd_create("drivetrain-blas", os.MFD_CLOEXEC)
 
 
 def _quietly(path: str) -> Any:

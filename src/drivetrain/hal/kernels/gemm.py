@@ -52,7 +52,7 @@ extern "C" __global__ void gemm(OUT *out, const IN *a, const IN *b, Product w) {
     long long at_out = w.n[3], at_a = w.n[4], at_b = w.n[5];
     long long batch = blockIdx.z;
     WALK
-    long long row = (long long)blockIdx.y * TILE, column = (long long)blockIdx.x * TILE;
+    long long row = (long long)blockIdx.x * TILE, column = (long long)blockIdx.y * TILE;
     T sum[EACH * EACH];
     for (int i = 0; i < EACH * EACH; ++i) sum[i] = 0;
     for (long long from = 0; from < k; from += STEP) {
@@ -182,10 +182,14 @@ def chosen(dtype: DType, batch: int, strips: bool, a_along_k: bool, b_along_k: b
     return source(dtype, batch, strips=strips, a_along_k=a_along_k, b_along_k=b_along_k)
 
 
+MOST_COLUMNS = 65535 * COLUMNS
+"""Of one launch."""
+
+
 def rule(m: int, n: int, batch: int = 1, *, strips: bool = False) -> Launch:
     if strips:
         return Launch((blocks(m, ROWS * STRIPS), blocks(n, COLUMNS), batch), (STRIPS,))
-    return Launch((blocks(n, TILE), blocks(m, TILE), batch), (256,))
+    return Launch((blocks(m, TILE), blocks(n, TILE), batch), (256,))
 
 
 def product(

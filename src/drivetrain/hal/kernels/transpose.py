@@ -58,6 +58,10 @@ def source(nbytes: int) -> Source:
     return Source.cuda(f"#define T {_STORED[nbytes]}\n{TEXT}", name="transpose.cu")
 
 
+MOST_ROWS = 65535 * TILE
+"""Of one launch."""
+
+
 def rule(rows: int, columns: int) -> Launch:
     return Launch((blocks(columns, TILE), blocks(rows, TILE)), (TILE, HEIGHT))
 
