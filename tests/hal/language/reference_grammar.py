@@ -15,20 +15,6 @@ from typing import Any
 
 from hypothesis import strategies as st
 from reference_kernels import (
-    BOOL,
-    F32,
-    F64,
-    I8,
-    I16,
-    I32,
-    I64,
-    INTRINSICS,
-    NUMBERS,
-    U8,
-    U16,
-    U32,
-    U64,
-    VECTORS,
     Array,
     Atomic,
     Bin,
@@ -45,13 +31,11 @@ from reference_kernels import (
     Index,
     Intrinsic,
     Kernel,
-    Kind,
     Leave,
     Lit,
     Macro,
     Make,
     Pick,
-    Record,
     Return,
     Shared,
     Shuffle,
@@ -63,6 +47,25 @@ from reference_kernels import (
     Var,
     Vote,
     While,
+)
+from reference_numbers import (
+    BOOL,
+    F32,
+    F64,
+    I8,
+    I16,
+    I32,
+    I64,
+    INTRINSICS,
+    NUMBERS,
+    U8,
+    U16,
+    U32,
+    U64,
+    VECTORS,
+    WHOLE,
+    Kind,
+    Record,
 )
 
 __all__ = ["MACROS", "Novelty", "kernel"]
@@ -156,6 +159,10 @@ class Drawing:
         def inner() -> Expr:
             return self.expr(space, depth - 1)
 
+        if way == "arithmetic" and self.number(0, 2) == 0:
+            # Narrow numbers, whose result is wide.
+            kind = self.pick(WHOLE[:4])
+            return Bin(self.pick("+-*"), Cast(kind, inner()), Cast(kind, Un("-", inner())))
         if way == "arithmetic":
             return Bin(self.pick("+-*"), inner(), inner())
         if way == "bits":
@@ -169,7 +176,10 @@ class Drawing:
                 left = Un("-", left)
             return Bin(self.pick(("<<", ">>")), left, count)
         if way == "divide":
-            return Bin(self.pick("/%"), self.whole(space, depth - 1), self.whole(space, depth - 1))
+            left = self.whole(space, depth - 1)
+            if self.number(0, 1):
+                left = Un("-", left)
+            return Bin(self.pick("/%"), left, self.whole(space, depth - 1))
         if way == "compare":
             return Bin(self.pick(("<", ">", "<=", ">=", "==", "!=")), inner(), inner())
         if way == "logic":
@@ -297,21 +307,8 @@ class Drawing:
             space.arrays.append((name, kind, count))
             return [Array(name, kind, parts, count)]
         if way == "record":
-            record, name = self.pick((*VECTORS, *self.structs)), self.fresh("r")
-            out: list[Stmt] = []
-            if space.records and self.number(0, 1):
-                # A copy, and a change of what it was made from.
-                known, record = self.pick(space.records)
-                init: Expr = Var(record, known)
-                if record in self.structs and self.number(0, 1):
-                    init = Call(self.changes[record], [init])
-                place = Field(Var(record, known), record.fields[0][0])
-                if place.kind is not BOOL:
-                    out = [Store(place, "+", Bin("+", self.expr(space, 1), Lit(I32, 3)))]
-            else:
-                init = Make(record, [self.expr(space, 1) for _ in record.fields])
-            space.records.append((name, record))
-            return [Declare(name, record, init), *out]
+            out = self.record(space)
+            return [*out, *self.record(space, copy=True)] if self.number(0, 2) else out
         if way == "put":
             return self.put(space)
         if way == "if":
@@ -325,7 +322,7 @@ class Drawing:
             if self.number(0, 1):
                 count = Bin("%", Cast(U32, self.whole(space, 1)), Lit(I32, self.number(1, 6)))
             body = self.body(below, depth - 1, loop=True, most=3)
-            if self.number(0, 1):
+            if self.number(0, 3):
                 test = Bin("==", Bin("%", Var(I32, name), Lit(I32, 3)), Lit(I32, self.number(0, 1)))
                 word = self.pick(("continue", "continue", "break"))
                 body.insert(self.number(0, 1), Leave(word, test))
@@ -349,6 +346,24 @@ class Drawing:
         if turns and self.number(0, 1):
             test = Bin("==", Bin("&", turns[-1], Lit(I32, 1)), Lit(I32, self.number(0, 1)))
         return [Leave(self.pick(("break", "continue")), test)]
+
+    def record(self, space: Space, *, copy: bool = False) -> list[Stmt]:
+        """A struct or a vector; a copy, and then a change of what it was made from."""
+        record, name = self.pick((*VECTORS, *self.structs)), self.fresh("r")
+        if not copy:
+            parts = [self.expr(space, 1) for _ in record.fields]
+            space.records.append((name, record))
+            return [Declare(name, record, Make(record, parts))]
+        known, record = space.records[-1] if self.number(0, 1) else self.pick(space.records)
+        init: Expr = Var(record, known)
+        if record in self.structs and self.number(0, 1):
+            init = Call(self.changes[record], [init])
+        out: list[Stmt] = [Declare(name, record, init)]
+        place = Field(Var(record, known), record.fields[0][0])
+        if place.kind is not BOOL:
+            out.append(Store(place, "+", Bin("+", self.expr(space, 1), Lit(I32, 3))))
+        space.records.append((name, record))
+        return out
 
     def put(self, space: Space) -> list[Stmt]:
         """A call that writes through a pointer, to an array of the thread's own."""
@@ -535,6 +550,8 @@ class Drawing:
         space.values += [Var(I32, "tid"), Var(I32, "gid"), Var(scalar, "scalar"),
                          Bin("-", Var(I32, "tid"), Lit(I32, 20)), Un("-", Var(I32, "gid")),
                          Index(self.pick(("threadIdx.x", "blockIdx.x", "blockDim.y")))]  # fmt: skip
+        body.append(Declare("v", I32, self.pick(space.values[:4])))
+        space.values.append(Var(I32, "v"))
         dynamic = self.pick((I32, F64, U8, F32, U16))
         self.shared = [
             Shared(f"{self.name}_dynamic", dynamic, threads, dynamic=True),

@@ -298,3 +298,20 @@ def test_what_the_device_lacks_is_named_with_the_line(
         translate(made, features)
     assert str(caught.value).startswith(f"line {line}:")
     translate(made, ("fp64", "int64_atomics"))
+
+
+def test_a_minus_stands_before_negative_constants(opencl, kernels) -> None:
+    text = """
+    enum { LESS = -3 };
+    #define ONE_LESS -1
+    __global__ void k(int *o, long long *l) {
+      o[0] = -(int)4294967295u; o[1] = - -2147483647; o[2] = -(-2147483647 - 1);
+      o[3] = 3 - (short)-5; o[4] = -LESS - ONE_LESS; o[5] = -(long long)-7.25 == 7;
+      l[0] = -(-9223372036854775807ll - 1); l[1] = - -5ll; l[2] = -(long long)(-7.25);
+    }
+    """
+    for compiled in (opencl, kernels):
+        o, wide = np.zeros(6, np.int32), np.zeros(3, np.int64)
+        compiled(text)("k", 1, 1, o, wide)
+        assert o.tolist() == [1, 2**31 - 1, -(2**31), 8, 4, 1]
+        assert wide.tolist() == [-(2**63), 5, 7]

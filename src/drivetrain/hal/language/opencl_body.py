@@ -184,10 +184,6 @@ class Body(Printer):
             return f"{left} {e.op} {right}"
         return f"(u{self.spelled(e.type, e.line)}){self.expr(e)}"
 
-    def literal(self, e: Lit) -> str:
-        text = super().literal(e)
-        return f"({text})" if text.startswith("-") else text
-
     def fixed(self, e: Expr) -> str:
         """The value of a constant of the file, as C takes it there."""
         if isinstance(e, Construct):

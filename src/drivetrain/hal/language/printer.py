@@ -218,12 +218,14 @@ class Printer:
         value = int(e.value)
         if kind == BOOL:
             return str(value)
-        if kind == I32:
-            return str(value) if value > -(1 << 31) else "(-2147483647-1)"
+        if kind in (I32, I64):
+            mark = "L" if kind == I64 else ""
+            least = -(1 << (kind.bits - 1))
+            text = f"{value}{mark}" if value > least else f"{value + 1}{mark}-1"
+            # In brackets, for a minus may stand before it.
+            return f"({text})" if value < 0 else text
         if kind == U32:
             return f"{value}u"
-        if kind == I64:
-            return f"{value}L" if value > -(1 << 63) else "(-9223372036854775807L-1)"
         if kind == U64:
             return f"{value}UL"
         return f"(({self.spelled(kind, e.line)}){value})"
