@@ -566,10 +566,13 @@ static int exec_module(PyObject *module) {
     Py_DECREF(errors);
     PyObject *type = make_error ? PyType_FromSpec(&device_spec) : NULL;
     PyObject *launcher = PyLong_FromUnsignedLongLong((uint64_t)(uintptr_t)dt_cpu_launch);
-    int bad = !type || !launcher || PyModule_AddObjectRef(module, "Device", type) ||
-              PyModule_AddObjectRef(module, "LAUNCHER", launcher);
+    PyObject *recorder = PyLong_FromUnsignedLongLong((uint64_t)(uintptr_t)dt_cpu_event_record);
+    int bad = !type || !launcher || !recorder || PyModule_AddObjectRef(module, "Device", type) ||
+              PyModule_AddObjectRef(module, "LAUNCHER", launcher) ||
+              PyModule_AddObjectRef(module, "RECORDER", recorder);
     Py_XDECREF(type);
     Py_XDECREF(launcher);
+    Py_XDECREF(recorder);
     return bad ? -1 : 0;
 }
 

@@ -1,6 +1,7 @@
 from collections.abc import Sequence
 
 LAUNCHER: int
+RECORDER: int
 
 class Device:
     def __new__(cls, name: str, cores: Sequence[int], threads: int, guards: bool) -> Device: ...

@@ -278,8 +278,13 @@ static PyObject *stream_new_record(StreamCore *self, PyObject *unused) {
         EventCore *made = NULL;
         if (handle && !PyErr_Occurred())
             made = (EventCore *)event_class->tp_alloc(event_class, 0);
-        if (made && !dt_record(&self->calls, (void *)(uintptr_t)handle,
-                               (void *)(uintptr_t)stream)) {
+        int code = 1;
+        if (made) {
+            Py_BEGIN_ALLOW_THREADS /* a full queue is waited for */
+            code = dt_record(&self->calls, (void *)(uintptr_t)handle, (void *)(uintptr_t)stream);
+            Py_END_ALLOW_THREADS
+        }
+        if (!code) {
             made->handle = handle;
             made->opened = Py_XNewRef(self->opened);
             made->device = Py_XNewRef(self->device);

@@ -297,7 +297,9 @@ class Cpu:
     def calls(self) -> Calls:
         if not self._launcher:
             return Calls()
-        return Calls(LaunchAbi.PLAIN, launch=self._launcher)
+        from drivetrain.hal import _cpu
+
+        return Calls(LaunchAbi.PLAIN, launch=self._launcher, record=_cpu.RECORDER)
 
     # -- graphs: the core keeps a list of commands ----------------------------------------------
 
