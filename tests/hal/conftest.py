@@ -275,6 +275,12 @@ int dt_cpu_spin(const range *r, void **a) {
     if (once(r)) nanosleep(&time, NULL);
     return 0;
 }
+int dt_cpu_hold(const range *r, void **a) {
+    volatile int32_t *go = (volatile int32_t *)*(uint64_t *)a[0];
+    struct timespec time = {0, 200000};
+    while (once(r) && !*go) nanosleep(&time, NULL);
+    return 0;
+}
 int dt_cpu_each(const range *r, void **a) {
     for (uint64_t i = r->first; i < r->first + r->count; i++) (*(int32_t **)a[0])[i] += 1;
     return 0;
@@ -346,6 +352,20 @@ class Rig:
     fake: Any = None
     """The library behind the CUDA devices."""
     modules: dict[str, hal.Module] = field(default_factory=dict)
+    gates: list[ctypes.c_int32] = field(default_factory=list)
+
+    def hold(self, stream: hal.Stream) -> Callable[[], None]:
+        """Keep the stream busy until the call that comes back."""
+        gate = ctypes.c_int32(0)
+        self.gates.append(gate)  # it lives as long as the kernel may look at it
+        self.kernel("hold", stream.device)(stream, 1, 1, ctypes.addressof(gate))
+
+        def release() -> None:
+            gate.value = 1
+            if self.fake is not None:
+                self.fake.release()
+
+        return release
 
     def kernel(self, name: str, device: hal.Device | None = None) -> hal.Kernel:
         device = device or self.device
@@ -402,8 +422,19 @@ def rig_of(
 
     if "opencl" not in request.fixturenames:  # it is listed in a child, anew for each state folder
         Path("drivetrain.toml").write_text('[drivers]\ndisable = ["opencl"]\n')
+    made: list[Rig] = []
+
+    def noted(driver: str) -> Rig:
+        made.append(make(driver))
+        return made[-1]
+
     hal.close_all()
-    yield make
+    yield noted
+    for rig in made:  # nothing is held up beyond its test
+        for gate in rig.gates:
+            gate.value = 1
+        if rig.fake is not None:
+            rig.fake.release()
     hal.close_all()
 
 

@@ -226,11 +226,12 @@ def test_a_copy_whose_wait_ends_early_is_a_timeout(
     near, far = cpu.device.stream(), simulated.device.stream()
     a = cpu.device.alloc(1 << 16, stream=near)
     b = simulated.device.alloc(1 << 16, stream=far)
-    simulated.slow(far, 0.4)
+    release = simulated.hold(far)
     monkeypatch.setenv("DRIVETRAIN_WAIT_LIMIT_S", "0.05")
     with pytest.raises(Timeout):
         b.copy_from(a, stream=far)
     monkeypatch.delenv("DRIVETRAIN_WAIT_LIMIT_S")
+    release()
     a.fill(b"\x09", stream=near)
     near.synchronize()
     b.copy_from(a, stream=far)

@@ -158,7 +158,7 @@ def test_a_close_whose_wait_ends_early_can_be_done_again(
     pool = hal.Pool(hal.DriverMemory(cpu.device, MemoryKind.PINNED))
     buffer = cpu.device.alloc(64, stream=near, kind=MemoryKind.PINNED, pool=pool)
     target = simulated.device.alloc(64, stream=far)
-    simulated.slow(far, 0.3)
+    release = simulated.hold(far)
     target.copy_from(buffer, stream=far)
     monkeypatch.setenv("DRIVETRAIN_WAIT_LIMIT_S", "0.02")
     with pytest.raises(Timeout):
@@ -166,6 +166,7 @@ def test_a_close_whose_wait_ends_early_can_be_done_again(
     assert not buffer.closed
     assert pool.stats().live == 1
     monkeypatch.delenv("DRIVETRAIN_WAIT_LIMIT_S")
+    release()
     buffer.close()
     assert buffer.closed
     assert pool.stats().live == 0
@@ -176,12 +177,13 @@ def test_without_other_users_nobody_waits(rig: Any) -> None:
     home, theirs = rig.device.stream(), rig.device.stream()
     buffer = rig.alloc(4096, home)
     buffer.close()
-    rig.slow(theirs, 0.5)
+    release = rig.hold(theirs)
     after = theirs.record()
     again = rig.alloc(4096, home)
     again.fill(b"\x02", stream=home)
     home.synchronize()
     assert not after.done
+    release()
     theirs.synchronize()
 
 

@@ -54,13 +54,14 @@ def test_a_stream_waits_for_another_stream_and_for_an_event(rig: Any) -> None:
 def test_without_a_wait_streams_do_not_wait(rig: Any) -> None:
     """The control of the test above."""
     first, second = rig.device.stream(), rig.device.stream()
-    rig.slow(first, 0.5)
+    release = rig.hold(first)
     event = first.record()
     second.record().synchronize()
     second.synchronize()
     assert second.done
     assert not event.done
     assert not first.done
+    release()
     event.synchronize()
     assert event.done
 
@@ -68,11 +69,12 @@ def test_without_a_wait_streams_do_not_wait(rig: Any) -> None:
 def test_an_event_stands_for_what_was_queued_before_it(rig: Any) -> None:
     stream = rig.device.stream()
     before = stream.record()
-    rig.slow(stream, 0.3)
+    release = rig.hold(stream)
     after = stream.record()
     before.synchronize()
     assert before.done
     assert not after.done
+    release()
     stream.synchronize()
     assert after.done
 
@@ -104,22 +106,21 @@ def test_waits_go_between_drivers(rig_of: Callable[[str], Any]) -> None:
 
 def test_every_wait_ends_at_its_limit_and_the_work_goes_on(rig: Any) -> None:
     stream = rig.device.stream()
-    rig.slow(stream, 1.0)
+    release = rig.hold(stream)
     event = stream.record()
     for wait, op in (
         (stream.synchronize, "stream.synchronize"),
         (event.synchronize, "event.synchronize"),
         (rig.device.synchronize, "synchronize"),
     ):
-        began = time.monotonic()
         with pytest.raises(Timeout, match=r"0\.02 s") as caught:
             wait(0.02)
-        assert time.monotonic() - began < 0.9
         assert caught.value.op == op
         assert caught.value.device == rig.device.address
         assert isinstance(caught.value, TimeoutError)
         with pytest.raises(Timeout):
             wait(timeout=0)
+    release()
     event.synchronize()
     stream.synchronize(0)
     rig.device.synchronize(1)
@@ -128,7 +129,7 @@ def test_every_wait_ends_at_its_limit_and_the_work_goes_on(rig: Any) -> None:
 def test_the_default_limit_is_the_environments(rig: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = rig.device.stream()
     monkeypatch.setenv("DRIVETRAIN_WAIT_LIMIT_S", "0.01")
-    rig.slow(stream, 0.3)
+    release = rig.hold(stream)
     with pytest.raises(Timeout, match=r"0\.01 s"):
         stream.synchronize()
     for wrong in ("0", "-3", "soon", "nan"):
@@ -136,6 +137,7 @@ def test_the_default_limit_is_the_environments(rig: Any, monkeypatch: pytest.Mon
         with pytest.raises(BadInput, match="DRIVETRAIN_WAIT_LIMIT_S"):
             stream.synchronize()
     monkeypatch.delenv("DRIVETRAIN_WAIT_LIMIT_S")
+    release()
     stream.synchronize()
 
 
@@ -146,8 +148,7 @@ def test_what_a_copy_reads_is_kept_when_a_wait_ends_early(rig: Any) -> None:
     buffer.fill(b"\x21", stream=stream)
     if rig.driver == "cuda":  # copies to pageable memory hold the caller up there
         stream.synchronize()
-    else:
-        rig.slow(stream, 0.2)
+    release = rig.hold(stream) if rig.driver != "cuda" else None
     target = bytearray(1 << 12)
     buffer.copy_to(target, stream=stream)
     if rig.driver != "cuda":
@@ -155,6 +156,7 @@ def test_what_a_copy_reads_is_kept_when_a_wait_ends_early(rig: Any) -> None:
             stream.synchronize(0.01)
         assert not stream.done
         assert stream._kept
+        release()
     stream.synchronize()
     assert stream._kept == []
     assert target == b"\x21" * (1 << 12)
