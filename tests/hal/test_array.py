@@ -328,6 +328,27 @@ def test_bad_shapes_and_closed_devices_are_told() -> None:
     assert prod(ops.empty((3, 0, 2), **CPU).shape) == 0
 
 
+def test_operations_leave_nothing_behind() -> None:
+    from drivetrain.hal.opened import opened
+
+    device = hal.device("cpu:0")
+    other = device.stream()
+    x = ops.random.normal((16, 16), seed=1, **CPU)
+    pool = opened(device).pool(hal.MemoryKind.DEVICE)
+    assert isinstance(pool, hal.Pool)
+
+    def cycle() -> None:
+        y = ops.softmax(x @ x.T + 1.0)
+        y += ops.sum(y, axis=0, stream=other)
+        y[::2].numpy()
+
+    cycle()
+    live = pool.stats().live
+    for _ in range(50):
+        cycle()
+    assert pool.stats().live == live
+
+
 def test_without_numpy_arrays_have_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -241,7 +241,8 @@ MULTIPLY = """
 #include <stddef.h>
 #include <string.h>
 #define PLAIN(op) ((op) == 0 || (op) == 111)
-static int calls, streams; static void *last;
+static int calls, streams, destroyed; static void *last;
+int seen_destroyed(void) { return destroyed; }
 int seen_calls(void) { return calls; }
 int seen_streams(void) { return streams; }
 void *seen_stream(void) { return last; }
@@ -264,7 +265,7 @@ CUBLAS = (
     MULTIPLY
     + """
 int cublasCreate_v2(void **h) { *h = &calls; return FAILS; }
-int cublasDestroy_v2(void *h) { return 0; }
+int cublasDestroy_v2(void *h) { destroyed++; return 0; }
 int cublasSetStream_v2(void *h, void *s) { last = s; streams++; return h != &calls; }
 int cublasGetVersion_v2(void *h, int *v) { *v = VERSION; return 0; }
 int cublasGemmStridedBatchedEx(void *h, int ta, int tb, int m, int n, int k, const void *alpha,
@@ -290,7 +291,7 @@ HIPBLAS = (
     MULTIPLY
     + """
 int hipblasCreate(void **h) { *h = &calls; return 0; }
-int hipblasDestroy(void *h) { return 0; }
+int hipblasDestroy(void *h) { destroyed++; return 0; }
 int hipblasSetStream(void *h, void *s) { last = s; streams++; return h != &calls; }
 #define GEMM(T, LETTER, name) \\
 int hipblas##LETTER##gemmStridedBatched(void *h, int ta, int tb, int m, int n, int k, \\
@@ -390,7 +391,10 @@ def test_the_vendors_functions_are_called_as_their_headers_say(
             assert seen.seen_stream() == stream.handle
     assert seen.seen_calls() >= 4
     if name != "clblast":
+        before = seen.seen_destroyed()
         assert host.contexts == 1 + (name == "cublas") + 2 * 4
+        del made
+        assert seen.seen_destroyed() == before + 1
 
 
 def test_a_failing_call_is_named(fakes: dict[str, Path], tmp_path: Path) -> None:

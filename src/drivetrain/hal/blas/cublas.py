@@ -70,8 +70,17 @@ class _Handled:
         self._lock = threading.Lock()
         for name, types in _SETUP.items():
             self._function(name + self.suffix, types)
+        self._destroy = self._function("Destroy" + self.suffix, (_P,))
         self._handle = ctypes.c_void_p()
         self._do(self._function("Create" + self.suffix, (_P,)), ctypes.byref(self._handle))
+
+    def __del__(self) -> None:
+        handle = getattr(self, "_handle", None)
+        if handle:
+            try:
+                self._call(self._destroy, handle)
+            except HalError:
+                pass  # the device is lost, and the handle with it
 
     def _function(self, name: str, types: tuple[Any, ...]) -> Any:
         try:
