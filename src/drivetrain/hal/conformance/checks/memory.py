@@ -281,6 +281,7 @@ def wrapped(device: Device) -> None:
     theirs.fill(NEW, stream=stream)
     same(read(theirs, stream), NEW * 500, "wrapped memory that was filled")
     theirs.close()
+    stream.synchronize()  # until then queued work might use it
     gc.collect()
     expect(memory.stats().live == 0, "the owner is kept though the buffer was closed")
 
