@@ -55,7 +55,12 @@ def error(device: str, op: str, status: int, native: int, text: str) -> HalError
     """The error for a status. ``native`` is what a kernel returned, ``text`` says more."""
     status = Status(status)
     message = _message(device, op, status, text)
-    facts: dict[str, Any] = {"driver": "cpu", "op": op, "device": device, "native_name": status.name}
+    facts: dict[str, Any] = {
+        "driver": "cpu",
+        "op": op,
+        "device": device,
+        "native_name": status.name,
+    }
     if status is Status.REJECTED:
         return CompileError(message, log=text, code="compile", native=native, **facts)
     kind = OutOfMemory if status is Status.NO_MEMORY else HalError
