@@ -164,7 +164,7 @@ def table_of(devices: Iterable[Mapping[str, Any]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("device", style="bold", no_wrap=True)
     table.add_column("name", overflow="fold")
-    table.add_column("free / memory", justify="right")
+    table.add_column("free / memory", justify="right", no_wrap=True)
     for title in ("busy", "power", "heat"):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("usable", overflow="fold")

@@ -235,6 +235,7 @@ def _capabilities(cores: Sequence[int], flags: frozenset[str], root: Path) -> Ca
         features=tuple(dict.fromkeys(w for flag, w in _FEATURES.items() if flag in flags)),
         caches=_caches(cores, root),
         clock_mhz=int(fastest) // 1000 if fastest.isdigit() else None,
+        groups=tuple(sorted(GROUPS)),
     )
 
 

@@ -26,6 +26,7 @@ from drivetrain.hal.telemetry import Telemetry, nvml
 
 NAME = "cuda"
 VENDOR = "nvidia"
+GROUPS = frozenset({"compute", "graphs", "managed", "peer", "pinned", "timing"})
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 _LIBRARY = "libnvidia-ml.so.1"
@@ -273,6 +274,7 @@ def _capabilities(
             and nvml.sensor(nv.nvmlDeviceGetP2PStatus, gpu, far, nv.NVML_P2P_CAPS_INDEX_NVLINK)
             == nv.NVML_P2P_STATUS_OK
         ),
+        groups=tuple(sorted(GROUPS)),
     )
 
 
@@ -366,7 +368,7 @@ DRIVER = Driver(
     telemetry=telemetry,
     probe=probe,
     open=open_device,
-    groups=frozenset({"compute", "graphs", "managed", "peer", "pinned", "timing"}),
+    groups=GROUPS,
     install=(
         "install the NVIDIA driver (Debian: apt install nvidia-driver; Ubuntu: ubuntu-drivers "
         "install); in a container, start it with --gpus all"

@@ -21,12 +21,12 @@ from drivetrain.hal.driver import (
     MemoryCalls,
     Target,
 )
+from drivetrain.hal.drivers.cuda import GROUPS
 from drivetrain.hal.drivers.cuda_api import NAME, Api, Code, Cu, Uuid, load
 from drivetrain.hal.drivers.cuda_context import Context
 from drivetrain.hal.drivers.cuda_graphs import Graphs
 from drivetrain.hal.drivers.cuda_memory import Memory
 
-GROUPS = ("compute", "graphs", "peer", "managed", "pinned", "timing")
 ALIGNMENT = 256
 """Bytes; what every allocator of the driver keeps to."""
 
@@ -147,7 +147,7 @@ class CudaBackend:
             and get(Cu.DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS)
         ):
             off.add("managed")
-        self.groups = frozenset(GROUPS) - off
+        self.groups = GROUPS - off
         self.alignment = ALIGNMENT
         least, greatest = ctypes.c_int(), ctypes.c_int()
         self._context.call(
