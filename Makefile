@@ -1,6 +1,7 @@
 # make demo    train, move between devices, kill, compare; writes demo-report.json and .html
 # make test    lint, types, room order and all quick tests
 # make soak    each long proof in full
+# make test-vendors   what needs a heavy package: Triton's compilers for NVIDIA and AMD (1 GB on disk)
 # make bench   times and ratios; ends 1 on a miss
 # make gpu-check [PYTHON=python3] [WHEELS=folder]   all that needs a GPU
 # make setup   ./.venv with the project installed; the others call it
@@ -8,10 +9,11 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak bench gpu-check lint audit lock clean
+.PHONY: help setup demo test test-vendors soak bench gpu-check lint audit lock clean
 
 BIN := .venv/bin
 READY := .venv/.ready
+VENDORS := $(CURDIR)/build/vendors
 NATIVE := $(wildcard src/drivetrain/hal/*.c src/drivetrain/hal/*.h)
 
 help:
@@ -34,6 +36,12 @@ lint: setup
 # Lint goes first, so that the last line is pytest's own summary.
 test: lint
 	@$(BIN)/python -m pytest
+
+# A folder of its own: in .venv torch would find it and use it.
+test-vendors: setup
+	@test -d $(VENDORS)/triton || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	    --no-deps --target $(VENDORS) triton==3.9.0
+	@DRIVETRAIN_TEST_TRITON=$(VENDORS) $(BIN)/python -m pytest tests/hal/language/test_triton.py
 
 soak: setup
 	@$(BIN)/python -m pytest -m soak --timeout 3600

@@ -140,6 +140,8 @@ def test_ctrl_c_leaves_no_process_behind() -> None:
         [sys.executable, "-m", "drivetrain", "conformance", "cpu", "--only", "limits"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # Where the tests themselves run in the background, Ctrl-C is ignored and inherited so.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + 60
     children: list[psutil.Process] = []

@@ -81,11 +81,15 @@ def recorded_again(device: Device) -> None:
 def of_each_point(device: Device) -> None:
     """An event is done when its own point is reached, though more work was queued behind it."""
     stream = device.stream()
-    buffer = written_late(device, stream)
-    event = stream.record()
-    busy(device, stream, 8.0)
-    event.synchronize(60.0)
-    late = stream.record()
-    expect(not (late.done and stream.done) or event.done, "the later event was done first")
-    expect(not stream.done, "an event was synchronised and all that was queued behind it is done")
-    is_new(buffer, stream, "the work before the event")
+    for more in (8.0, 16.0, 32.0):  # a busy machine may look too late, and may look again
+        buffer = written_late(device, stream)
+        event = stream.record()
+        busy(device, stream, more)
+        event.synchronize(60.0)
+        late = stream.record()
+        expect(not (late.done and stream.done) or event.done, "the later event was done first")
+        on_time = not stream.done
+        is_new(buffer, stream, "the work before the event")
+        if on_time:
+            return
+    expect(False, "an event was synchronised and all that was queued behind it is done")
