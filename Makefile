@@ -33,9 +33,10 @@ lint: setup
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-# Lint goes first, so that the last line is pytest's own summary.
+# Lint goes first, so that the last line is pytest's own summary. Two processes take whole files in
+# turn: most tests wait for one child or one compiler.
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # A folder of its own: in .venv torch would find it and use it.
 test-vendors: setup
