@@ -33,10 +33,9 @@ lint: setup
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-# Lint goes first, so that the last line is pytest's own summary. Two processes take whole files in
-# turn: most tests wait for one child or one compiler.
+# Lint goes first, so that the last line is pytest's own summary.
 test: lint
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/python -m pytest
 
 # A folder of its own: in .venv torch would find it and use it.
 test-vendors: setup
