@@ -536,6 +536,7 @@ if sys.argv[1] == "fork":
 else:
     module = device.compile(hal.Source.binary(open(sys.argv[2], "rb").read(), "so"))
     module.kernel("spin", [hal.U64])(stream, 1, 1, 3_000_000_000)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever was inherited
     threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
     try:
