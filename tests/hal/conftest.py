@@ -96,8 +96,15 @@ NOT_A_DRIVER = object()
 
 
 @pytest.fixture(autouse=True)
-def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_state(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[None]:
     monkeypatch.setenv("DRIVETRAIN_HOME", str(tmp_path / "home"))
+    if "language" not in request.path.parts:  # the others want kernels, and no compiler to be tried
+        monkeypatch.setenv("DRIVETRAIN_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
     for name in ("DRIVETRAIN_CPU_PARTITIONS", "DRIVETRAIN_FAULT_DISCOVERY", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)

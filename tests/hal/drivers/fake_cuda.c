@@ -734,7 +734,7 @@ int cuCtxRecordEvent(Device *context, Event *e) {
 int cuEventQuery(Event *e) {
     CALL(e, 0);
     if (e->destroyed) return leave(BAD_HANDLE);
-    if (e->capture) return leave(CAPTURED_EVENT);
+    if (e->capture) { e->capture->invalid = 1; return leave(CAPTURED_EVENT); } /* seen on an H100 */
     return leave(!e->mark || e->mark->done ? OK : NOT_READY);
 }
 static int elapsed(float *out, Event *a, Event *b) {

@@ -617,8 +617,12 @@ def test_a_capture_refuses_what_would_break_it_and_goes_on(make: Make, fake: Any
     held = backend.alloc(4096, Kind.DEVICE, stream)
     target = backend.alloc(64, Kind.DEVICE, other)
     source = ctypes.create_string_buffer(64)
+    event = backend.event_create(False)
     backend.graph_begin(stream)
+    backend.event_record(event, stream)
     for wrong in (
+        lambda: backend.event_done(event),
+        lambda: backend.event_synchronize(event, 1),
         lambda: backend.alloc(64, Kind.DEVICE, stream),
         lambda: backend.stream_synchronize(stream, 1),
         lambda: backend.stream_done(stream),
@@ -643,6 +647,23 @@ def test_a_capture_refuses_what_would_break_it_and_goes_on(make: Make, fake: Any
     with pytest.raises(HalError) as caught:
         backend.graph_end(stream)
     assert caught.value.code == "not_capturing"
+    with pytest.raises(HalError, match="recorded in a capture"):
+        backend.event_done(event)
+    backend.event_record(event, stream)
+    assert backend.event_synchronize(event, 10)
+
+
+def test_a_device_that_is_closed_in_the_middle_of_a_capture_lets_everything_go(
+    make: Make, fake: Any
+) -> None:
+    backend = make()
+    before = fake.live()
+    stream = backend.stream_create(0)
+    held = backend.alloc(4096, Kind.DEVICE, stream)
+    backend.graph_begin(stream)
+    backend.free(held, Kind.DEVICE, stream)
+    backend.close()
+    assert fake.live() == before
 
 
 def test_a_capture_that_the_driver_calls_broken_leaves_a_usable_stream(

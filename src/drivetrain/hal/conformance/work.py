@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 OLD, NEW = b"\x11", b"\x77"
 BUSY_S = 0.12
 _SCRATCH_BYTES = 16 << 20
+_MOST_SCRATCH_BYTES = 256 << 20
 _MOST_ROUNDS = 10_000
 
 
@@ -115,30 +116,43 @@ def _work(first: Buffer, second: Buffer, rounds: int, stream: Stream) -> None:
 
 
 def _calibrated(device: Device) -> tuple[Buffer, Buffer, int]:
-    """Two buffers, and how many rounds of work take `BUSY_S`. All ways of waiting are used: one may
-    lie. The shorter of two times counts: the machine may have been busy."""
+    """Two buffers, and how many rounds of work take `BUSY_S`. They are as large as it takes for the
+    work, not the queueing of it, to be most of that time: a fast device would be done at once."""
     stream = device.stream()
     total = max(backend(device).memory()[1], 1 << 20)
-    nbytes = min(_SCRATCH_BYTES, total // 32)
-    first, second = (device.alloc(nbytes, stream=stream) for _ in range(2))
+    nbytes, most = (min(size, total // 32) for size in (_SCRATCH_BYTES, _MOST_SCRATCH_BYTES))
+    while True:
+        first, second = (device.alloc(nbytes, stream=stream) for _ in range(2))
+        rounds, waited = _rounds(first, second, stream)
+        if waited > 0.5 or nbytes >= most:
+            return first, second, rounds
+        nbytes = min(most, nbytes * 4)
 
-    def seconds(rounds: int) -> float:
+
+def _rounds(first: Buffer, second: Buffer, stream: Stream) -> tuple[int, float]:
+    """How many rounds take `BUSY_S`, and which share of it passes after the last was queued. All
+    ways of waiting are used: one may lie. The shorter of two times counts: the machine may have
+    been busy."""
+
+    def times(rounds: int) -> tuple[float, float]:
         began = time.perf_counter()
         _work(first, second, rounds, stream)
+        queued = time.perf_counter()
         event = stream.record()
         stream.synchronize()
         event.synchronize()
         while not (event.done and stream.done):
             time.sleep(0.001)
-        return time.perf_counter() - began
+        ended = time.perf_counter()
+        return ended - began, (ended - queued) / (ended - began)
 
     rounds = 1
     while True:
-        taken = seconds(rounds)
+        taken, waited = times(rounds)
         if taken > BUSY_S / 4 or rounds >= _MOST_ROUNDS:
-            taken = min(taken, seconds(rounds))
-        if taken > BUSY_S / 4 or rounds >= _MOST_ROUNDS:
-            return first, second, max(1, min(_MOST_ROUNDS, round(rounds * BUSY_S / taken)))
+            taken, waited = min((taken, waited), times(rounds))
+            if taken > BUSY_S / 4 or rounds >= _MOST_ROUNDS:
+                return max(1, min(_MOST_ROUNDS, round(rounds * BUSY_S / taken))), waited
         rounds *= 2
 
 

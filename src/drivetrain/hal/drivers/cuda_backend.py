@@ -115,6 +115,8 @@ class CudaBackend:
         self._context = context = Context(api, device_of(api, info), self.address)
         self._lock = threading.Lock()
         self._events: set[int] = set()
+        self._captured: set[int] = set()
+        """Events last recorded on a stream while it was being captured."""
         self._modules: dict[int, list[int]] = {}
         self._functions: set[int] = set()
         try:
@@ -191,6 +193,8 @@ class CudaBackend:
         if context.closed:
             return
         try:
+            if not context.lost:
+                self._graphs.give_up_captures()
             # What is left when the work does not end is the driver's, until the process ends.
             if not context.lost and self.synchronize(_CLOSE_WAIT_S):
                 self._graphs.close()
@@ -276,17 +280,32 @@ class CudaBackend:
 
     def event_destroy(self, event: int) -> None:
         self._events.discard(event)
+        self._captured.discard(event)
         self._context.call(self._api.cuEventDestroy, event)
 
     def event_record(self, event: int, stream: int) -> None:
         self._context.call(self._api.cuEventRecord, event, stream)
+        if self._context.capturing(stream):
+            self._captured.add(event)
+        elif self._captured:
+            self._captured.discard(event)
 
     def event_done(self, event: int) -> bool:
+        self._check_captured(event, "event_done")
         return self._context.ready(self._api.cuEventQuery, event)
 
     def event_synchronize(self, event: int, timeout_s: float) -> bool:
+        self._check_captured(event, "event_synchronize")
         done = partial(self._context.ready, self._api.cuEventQuery, event)
         return self._context.wait_until(done, timeout_s)
+
+    def _check_captured(self, event: int, op: str) -> None:
+        """An event that was recorded in a capture is a place in a graph and never done; asking the
+        driver for it would break a capture that still goes on."""
+        if event in self._captured:
+            raise self._context.error(
+                "capturing", op, "the event was recorded in a capture; record it outside of one"
+            )
 
     def event_seconds(self, start: int, end: int) -> float:
         box = ctypes.c_float()

@@ -202,6 +202,14 @@ class Graphs:
             ctypes.byref(facts),
         )
 
+    def give_up_captures(self) -> None:
+        """End the captures that nobody ended: nothing can be waited for while one goes on."""
+        for stream in list(self._context.captures):
+            try:
+                self.destroy(self.end(stream))
+            except HalError:  # broken: its stream is usable again
+                pass
+
     def close(self) -> None:
         for graph in list(self._graphs):
             self.destroy(graph)
