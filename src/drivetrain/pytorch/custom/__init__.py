@@ -1,0 +1,1 @@
+"""Chips that torch does not know, as torch devices."""
