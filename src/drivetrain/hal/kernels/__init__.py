@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from drivetrain.hal.kernels import (
+    activations,
     elementwise,
     gather,
     gemm,
     hash,
     histogram,
+    normalization,
     philox,
     reduction,
     scan,
@@ -30,6 +32,7 @@ FAMILIES: Mapping[str, Family] = {
     family.name: family
     for module in (
         elementwise,
+        activations,
         gemm,
         reduction,
         scan,
@@ -37,6 +40,7 @@ FAMILIES: Mapping[str, Family] = {
         transpose,
         stencil,
         softmax,
+        normalization,
         philox,
         hash,
         gather,

@@ -12,8 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.hal.dtype import DTYPES, DType
-from drivetrain.hal.kernels import text
-from drivetrain.hal.kernels.expressions import HELPERS, OPERATIONS
+from drivetrain.hal.kernels import activations, expressions, text
 from drivetrain.hal.kernels.family import (
     Family,
     Launch,
@@ -37,6 +36,8 @@ if TYPE_CHECKING:
 
 BLOCK = 256
 _MOST = 65535
+OPERATIONS = {**expressions.OPERATIONS, **activations.FUNCTIONS}
+_HELPERS = {**expressions.HELPERS, **activations.HELPERS}
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def elementwise(
     operation = OPERATIONS[name]
     arrays = [out, *(each for each in inputs if each.step != "value")]
     count = len(arrays)
-    names = ["condition", "a", "b"] if name == "where" else ["a", "b", "c"]
+    names = ["condition", "a", "b"] if name == "where" else ["a", "b", "c", "d"]
     parameters = [f"{out.dtype.stored} *out"]
     loads: list[str] = []
     variables = ["at_out"]
@@ -101,7 +102,7 @@ def elementwise(
         + f"#define T {computed}\n#define BYTES {common.nbytes}\n"
         + f"#define WHOLE {int(common.kind != 'float')}\n#define SIGNED {int(common.kind == 'int')}"
         + ("\n" + ODD if "odd(" in body else "\n")
-        + HELPERS.get(operation.helper, "")
+        + _HELPERS.get(operation.helper, "")
         + text.record("Walk", fields(count, outer))
         + f"""
 extern "C" __global__ void {kernel_name(name, common)}({", ".join(parameters)}, Walk w) {{
