@@ -18,11 +18,13 @@ from drivetrain.hal.kernels import (
     histogram,
     normalization,
     philox,
+    pooling,
     reduction,
     scan,
     softmax,
     stencil,
     transpose,
+    unfold,
 )
 from drivetrain.hal.kernels.family import Family, Launch
 
@@ -41,6 +43,8 @@ FAMILIES: Mapping[str, Family] = {
         stencil,
         softmax,
         normalization,
+        unfold,
+        pooling,
         philox,
         hash,
         gather,
