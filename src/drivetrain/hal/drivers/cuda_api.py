@@ -11,7 +11,7 @@ newest first; the first that the library has is taken. All rows are compared wit
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -424,6 +424,8 @@ class Api:
     lacks what nothing works without.
     """
 
+    driver = NAME
+
     def __init__(self, library: Library) -> None:
         self.symbols: dict[str, str] = {}
         """Name -> the symbol that was taken."""
@@ -460,6 +462,30 @@ class Api:
             driver=NAME,
             op=name,
         )
+
+    def kernel_node(
+        self,
+        function: int = 0,
+        grid: tuple[int, int, int] = (0, 0, 0),
+        block: tuple[int, int, int] = (0, 0, 0),
+        shared: int = 0,
+        arguments: int = 0,
+    ) -> Any:
+        """A kernel's launch as a node of a graph has it, in the form that the library takes."""
+        newer = self.symbols.get("cuGraphExecKernelNodeSetParams", "").endswith("_v2")
+        form = KernelNode2 if newer else KernelNode1
+        return form(function, *grid, *block, shared, arguments or None)
+
+    def in_host_memory(self, code: Callable[..., int], ptr: int) -> bool | None:
+        """True: pinned, False: a device's or managed, None: pageable. ``code`` makes the call."""
+        box = ctypes.c_uint()
+        failed = code(
+            self.cuPointerGetAttribute,
+            ctypes.byref(box),
+            Cu.POINTER_ATTRIBUTE_MEMORY_TYPE,
+            ptr,
+        )
+        return None if failed or not box.value else box.value == Cu.MEMORYTYPE_HOST
 
     def version(self) -> int:
         """The newest CUDA that the driver serves: 13000 for 13.0."""

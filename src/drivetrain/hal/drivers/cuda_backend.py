@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 import uuid as uuids
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 from drivetrain.errors import CompileError, DriverMissing, HalError, Unsupported
@@ -26,6 +24,7 @@ from drivetrain.hal.drivers.cuda_api import NAME, Api, Code, Cu, Uuid, load
 from drivetrain.hal.drivers.cuda_context import Context
 from drivetrain.hal.drivers.cuda_graphs import Graphs
 from drivetrain.hal.drivers.cuda_memory import Memory
+from drivetrain.hal.drivers.cuda_streams import Streams
 
 ALIGNMENT = 256
 """Bytes; what every allocator of the driver keeps to."""
@@ -113,20 +112,36 @@ class CudaBackend:
         self.address = f"{NAME}:{info.index}"
         self._api = api
         self._context = context = Context(api, device_of(api, info), self.address)
-        self._lock = threading.Lock()
-        self._events: set[int] = set()
-        self._captured: set[int] = set()
-        """Events last recorded on a stream while it was being captured."""
         self._modules: dict[int, list[int]] = {}
         self._functions: set[int] = set()
         try:
             self._describe()
-            self._memory = memory = Memory(context, pool="pool" not in api.off)
+            self._streams = streams = Streams(context)
+            get = context.attribute
+            self._memory = memory = Memory(
+                context,
+                pool="pool" not in api.off
+                and bool(get(Cu.DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)),
+                # Coherent machines (Grace) read pageable memory in place, when they come to it.
+                stages=not get(Cu.DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES),
+            )
         except BaseException:
             context.release()
             raise
         self._graphs = graphs = Graphs(context, self._functions, memory.capture_ended)
         # The parts answer for themselves.
+        self.synchronize = streams.synchronize
+        self.stream_create = streams.stream_create
+        self.stream_destroy = streams.stream_destroy
+        self.stream_done = streams.stream_done
+        self.stream_synchronize = streams.stream_synchronize
+        self.stream_wait = streams.stream_wait
+        self.event_create = streams.event_create
+        self.event_destroy = streams.event_destroy
+        self.event_record = streams.event_record
+        self.event_done = streams.event_done
+        self.event_synchronize = streams.event_synchronize
+        self.event_seconds = streams.event_seconds
         self.memory = memory.info
         self.alloc = memory.alloc
         self.free = memory.free
@@ -151,11 +166,6 @@ class CudaBackend:
             off.add("managed")
         self.groups = GROUPS - off
         self.alignment = ALIGNMENT
-        least, greatest = ctypes.c_int(), ctypes.c_int()
-        self._context.call(
-            api.cuCtxGetStreamPriorityRange, ctypes.byref(least), ctypes.byref(greatest)
-        )
-        self._priorities = greatest.value, least.value
         self.limits = Limits(
             grid=(
                 get(Cu.DEVICE_ATTRIBUTE_MAX_GRID_DIM_X),
@@ -201,116 +211,13 @@ class CudaBackend:
                 for module in list(self._modules):
                     self.module_unload(module)
                 self._memory.close()
-                for event in list(self._events):
-                    self.event_destroy(event)
-                for stream in list(context.streams):
-                    self.stream_destroy(stream)
+                self._streams.close()
         finally:
             context.release()
 
     def in_context(self, function: Any, *arguments: Any) -> int:
         """Call a function of a library that works in the current context, as cuBLAS does."""
         return self._context.code(function, *arguments)
-
-    def synchronize(self, timeout_s: float) -> bool:
-        context, api = self._context, self._api
-        if context.captures:
-            raise context.error(
-                "capturing", "synchronize", "a stream is being captured; end the capture first"
-            )
-        if "context_event" not in api.off:
-            event = self.event_create(False)
-            try:
-                context.call(api.cuCtxRecordEvent, context.handle, event)
-                return self.event_synchronize(event, timeout_s)
-            finally:
-                if not context.lost:
-                    self.event_destroy(event)
-        # Older drivers can only be waited for in a call without a limit: in a thread of its own.
-        codes: list[int] = []
-        thread = threading.Thread(
-            target=lambda: codes.append(context.code(api.cuCtxSynchronize)), daemon=True
-        )
-        thread.start()
-        thread.join(timeout_s)
-        if codes and codes[0]:
-            raise context.failure("cuCtxSynchronize", codes[0])
-        return bool(codes)
-
-    # -- streams ---------------------------------------------------------------------------------
-
-    def stream_create(self, priority: int) -> int:
-        first, last = self._priorities
-        box = ctypes.c_void_p()
-        self._context.call(
-            self._api.cuStreamCreateWithPriority,
-            ctypes.byref(box),
-            Cu.STREAM_NON_BLOCKING,
-            max(first, min(last, priority)),
-        )
-        stream = int(box.value or 0)
-        self._context.streams.add(stream)
-        return stream
-
-    def stream_destroy(self, stream: int) -> None:
-        self._context.check_capture(stream, "stream_destroy")
-        self._context.streams.discard(stream)
-        self._context.call(self._api.cuStreamDestroy, stream)
-
-    def stream_done(self, stream: int) -> bool:
-        self._context.check_capture(stream, "stream_done")
-        return self._context.ready(self._api.cuStreamQuery, stream)
-
-    def stream_synchronize(self, stream: int, timeout_s: float) -> bool:
-        self._context.check_capture(stream, "stream_synchronize")
-        return self._context.wait_stream(stream, timeout_s)
-
-    def stream_wait(self, stream: int, event: int) -> None:
-        self._context.call(self._api.cuStreamWaitEvent, stream, event, 0)
-
-    # -- events ----------------------------------------------------------------------------------
-
-    def event_create(self, timing: bool) -> int:
-        box = ctypes.c_void_p()
-        flags = Cu.EVENT_DEFAULT if timing else Cu.EVENT_DISABLE_TIMING
-        self._context.call(self._api.cuEventCreate, ctypes.byref(box), flags)
-        event = int(box.value or 0)
-        self._events.add(event)
-        return event
-
-    def event_destroy(self, event: int) -> None:
-        self._events.discard(event)
-        self._captured.discard(event)
-        self._context.call(self._api.cuEventDestroy, event)
-
-    def event_record(self, event: int, stream: int) -> None:
-        self._context.call(self._api.cuEventRecord, event, stream)
-        if self._context.capturing(stream):
-            self._captured.add(event)
-        elif self._captured:
-            self._captured.discard(event)
-
-    def event_done(self, event: int) -> bool:
-        self._check_captured(event, "event_done")
-        return self._context.ready(self._api.cuEventQuery, event)
-
-    def event_synchronize(self, event: int, timeout_s: float) -> bool:
-        self._check_captured(event, "event_synchronize")
-        done = partial(self._context.ready, self._api.cuEventQuery, event)
-        return self._context.wait_until(done, timeout_s)
-
-    def _check_captured(self, event: int, op: str) -> None:
-        """An event that was recorded in a capture is a place in a graph and never done; asking the
-        driver for it would break a capture that still goes on."""
-        if event in self._captured:
-            raise self._context.error(
-                "capturing", op, "the event was recorded in a capture; record it outside of one"
-            )
-
-    def event_seconds(self, start: int, end: int) -> float:
-        box = ctypes.c_float()
-        self._context.call(self._api.cuEventElapsedTime, ctypes.byref(box), start, end)
-        return box.value / 1e3
 
     # -- group compute ---------------------------------------------------------------------------
 

@@ -1,7 +1,5 @@
-"""A device's primary context: made current for each call, results turned into errors, waits.
-
-The context that somebody else made current on a thread is put back after each call. On a thread
-that has none, ours stays: the next call then finds it with one look.
+"""A device of CUDA's API, or of HIP's, which is the same under other names: calls made where they
+belong, results turned into errors, waits.
 """
 
 from __future__ import annotations
@@ -10,10 +8,10 @@ import ctypes
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from drivetrain.errors import DeviceLost, HalError, OutOfMemory, Unsupported
-from drivetrain.hal.drivers.cuda_api import NAME, Api, Code, Cu
+from drivetrain.hal.drivers.cuda_api import Api, Code, Cu
 
 STICKY = frozenset(
     {
@@ -63,37 +61,48 @@ _SPIN_S = 100e-6
 _LONGEST_SLEEP_S = 1e-3
 
 
-class Context:
-    """The primary context of one device, retained until `release`."""
+class Current(Protocol):
+    """How an API knows which device a call is for."""
 
-    def __init__(self, api: Api, device: int, address: str) -> None:
-        self.api = api
-        self.device = device
-        """CUDA's own number of the device in this process."""
-        self.address = address
-        self.captures: set[int] = set()
-        """Streams on which a capture was begun here."""
-        self.streams: set[int] = set()
-        """Streams made here."""
-        self.closed = False
-        self._over: Callable[[str], HalError] | None = None
+    handle: int
+
+    def code(self, function: Any, *arguments: Any) -> int:
+        """The result of a call for the device; what the thread had is found as it was. Raises
+        `Refused` when the device could not be made current."""
+
+    def release(self) -> int:
+        """Let go of it; a result."""
+
+
+class Refused(Exception):
+    """A call that makes the device current failed."""
+
+    def __init__(self, op: str, code: int) -> None:
+        super().__init__(op, code)
+        self.op, self.code = op, code
+
+
+class Primary:
+    """CUDA's primary context, retained until `release` and made current for each call.
+
+    The context that somebody else made current on a thread is put back after each call. On a thread
+    that has none, ours stays: the next call then finds it with one look.
+    """
+
+    def __init__(self, api: Api, device: int) -> None:
+        self._api, self._device = api, device
         self._local = threading.local()
         handle = ctypes.c_void_p()
         code = api.cuDevicePrimaryCtxRetain(ctypes.byref(handle), device)
         if code:
-            raise self.failure("cuDevicePrimaryCtxRetain", code)
+            raise Refused("cuDevicePrimaryCtxRetain", code)
         self.handle = int(handle.value or 0)
         # A look at thread-local state: not worth giving up the interpreter's lock for.
         self._get_current = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(
             ctypes.cast(api.cuCtxGetCurrent, ctypes.c_void_p).value or 0
         )
 
-    # -- calls ---------------------------------------------------------------------------------
-
     def code(self, function: Any, *arguments: Any) -> int:
-        """The result of a call made with this context current. Raises what ended the context."""
-        if self._over is not None:
-            raise self._over(function.__name__)
         try:
             box, where = self._local.box
         except AttributeError:
@@ -104,13 +113,59 @@ class Context:
         if box.value == self.handle:
             return int(function(*arguments))
         if box.value is None:
-            self._must(self.api.cuCtxSetCurrent, self.handle)
+            self._must(self._api.cuCtxSetCurrent, self.handle)
             return int(function(*arguments))
-        self._must(self.api.cuCtxPushCurrent, self.handle)
+        self._must(self._api.cuCtxPushCurrent, self.handle)
         try:
             return int(function(*arguments))
         finally:
-            self.api.cuCtxPopCurrent(ctypes.byref(ctypes.c_void_p()))
+            self._api.cuCtxPopCurrent(ctypes.byref(ctypes.c_void_p()))
+
+    def _must(self, function: Any, *arguments: Any) -> None:
+        code = function(*arguments)
+        if code:
+            raise Refused(function.__name__, code)
+
+    def release(self) -> int:
+        return int(self._api.cuDevicePrimaryCtxRelease(self._device))
+
+
+class Context:
+    """One device, current for each call until `release`."""
+
+    def __init__(
+        self,
+        api: Api,
+        device: int,
+        address: str,
+        current: Callable[[Api, int], Current] = Primary,
+    ) -> None:
+        self.api = api
+        self.device = device
+        """The API's own number of the device in this process."""
+        self.address = address
+        self.captures: set[int] = set()
+        """Streams on which a capture was begun here."""
+        self.streams: set[int] = set()
+        """Streams made here."""
+        self.closed = False
+        self._over: Callable[[str], HalError] | None = None
+        try:
+            self._current = current(api, device)
+        except Refused as error:
+            raise self.failure(error.op, error.code) from None
+        self.handle = self._current.handle
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def code(self, function: Any, *arguments: Any) -> int:
+        """The result of a call made for this device. Raises what ended the device."""
+        if self._over is not None:
+            raise self._over(function.__name__)
+        try:
+            return self._current.code(function, *arguments)
+        except Refused as error:
+            raise self.failure(error.op, error.code) from None
 
     def call(self, function: Any, *arguments: Any) -> None:
         """A call that must succeed. Raises HalError."""
@@ -127,11 +182,6 @@ class Context:
             raise self.failure(function.__name__, code)
         return True
 
-    def _must(self, function: Any, *arguments: Any) -> None:
-        code = function(*arguments)
-        if code:
-            raise self.failure(function.__name__, code)
-
     def attribute(self, number: int) -> int:
         """A device attribute; 0 when the driver does not know it."""
         found = ctypes.c_int()
@@ -146,7 +196,7 @@ class Context:
         asked = f"{op} on {self.address}{f' ({what})' if what else ''}"
         message = f"{asked} failed: {name} ({sentence or 'the driver has no words for it'})"
         facts: dict[str, Any] = {
-            "driver": NAME,
+            "driver": self.api.driver,
             "native": code,
             "native_name": name,
             "op": op,
@@ -193,7 +243,7 @@ class Context:
         return HalError(
             f"{op} on {self.address}: {message}",
             code=code,
-            driver=NAME,
+            driver=self.api.driver,
             op=op,
             device=self.address,
         )
@@ -249,6 +299,6 @@ class Context:
         """Let go of the context. Every later call raises."""
         lost, self.closed = self.lost, True
         self._over = lambda op: self.error("closed", op, "the device was closed; open it again")
-        code = self.api.cuDevicePrimaryCtxRelease(self.device)
+        code = self._current.release()
         if code and not lost and code != Code.ERROR_DEINITIALIZED:
             raise self.failure("cuDevicePrimaryCtxRelease", code)

@@ -1,4 +1,4 @@
-"""Work captured from a CUDA stream into a graph, launched again, with changeable kernels."""
+"""Work captured from a stream into a graph, launched again, with changeable kernels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from drivetrain.errors import HalError
-from drivetrain.hal.drivers.cuda_api import Code, Cu, KernelNode1, KernelNode2
+from drivetrain.hal.drivers.cuda_api import Code, Cu
 from drivetrain.hal.drivers.cuda_context import Context
 
 
@@ -63,13 +63,8 @@ class Graphs:
         self._ended = ended
         self._lock = threading.Lock()
         self._graphs: dict[int, Captured] = {}
-        symbols = context.api.symbols
-        self._node = (
-            KernelNode2
-            if symbols.get("cuGraphExecKernelNodeSetParams", "").endswith("_v2")
-            else KernelNode1
-        )
-        self._with_flags = symbols.get("cuGraphInstantiate") == "cuGraphInstantiateWithFlags"
+        instantiate = context.api.symbols.get("cuGraphInstantiate", "")
+        self._with_flags = instantiate.endswith("WithFlags")
 
     def begin(self, stream: int) -> None:
         context = self._context
@@ -133,7 +128,7 @@ class Graphs:
             context.call(api.cuGraphNodeGetType, node, ctypes.byref(kind))
             if kind.value != Cu.GRAPH_NODE_TYPE_KERNEL:
                 continue
-            facts = self._node()
+            facts = api.kernel_node()
             code = context.code(api.cuGraphKernelNodeGetParams, node, ctypes.byref(facts))
             if code == Code.SUCCESS and facts.func in self._functions:
                 found.append(node)
@@ -194,7 +189,7 @@ class Graphs:
             raise self._context.error(
                 "no_such_node", "graph_set", f"the graph has {count} kernel launches, no {node}"
             )
-        facts = self._node(function, *grid, *block, shared, arguments or None)
+        facts = self._api.kernel_node(function, grid, block, shared, arguments)
         self._context.call(
             self._api.cuGraphExecKernelNodeSetParams,
             graph,

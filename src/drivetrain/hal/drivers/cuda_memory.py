@@ -1,4 +1,4 @@
-"""Memory of a CUDA device: allocated, given back in a stream's order, copied, filled."""
+"""Memory of a device: allocated, given back in a stream's order, copied, filled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from drivetrain.errors import OutOfMemory, Timeout
-from drivetrain.hal.drivers.cuda_api import NAME, Cu, MemAccessDesc
+from drivetrain.hal.drivers.cuda_api import Cu, MemAccessDesc
 from drivetrain.hal.drivers.cuda_context import Context
 from drivetrain.hal.kinds import Kind, Way
 
@@ -26,10 +26,11 @@ class Memory:
     """All that the backend has allocated, and what waits to be freed.
 
     Memory that has no stream-ordered free (pinned, managed, and all where the driver has no pool)
-    waits behind an event and is freed by a later call.
+    waits behind an event and is freed by a later call. ``stages``: the driver copies pageable
+    memory aside before a copy from it returns.
     """
 
-    def __init__(self, context: Context, *, pool: bool) -> None:
+    def __init__(self, context: Context, *, pool: bool, stages: bool) -> None:
         self._context = context
         self._api = context.api
         self._lock = threading.Lock()
@@ -42,11 +43,8 @@ class Memory:
         self._threshold = 0
         """The pool's own, from before it was raised."""
         self._raised = 0
-        # Coherent machines (Grace) read pageable memory in place, when they come to it.
-        self._stages = not context.attribute(
-            Cu.DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES
-        )
-        if pool and context.attribute(Cu.DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED):
+        self._stages = stages
+        if pool:
             self._use_pool()
 
     def _use_pool(self) -> None:
@@ -235,14 +233,7 @@ class Memory:
 
     def _in_host_memory(self, ptr: int) -> bool | None:
         """True: pinned, False: a device's or managed, None: pageable."""
-        box = ctypes.c_uint()
-        code = self._context.code(
-            self._api.cuPointerGetAttribute,
-            ctypes.byref(box),
-            Cu.POINTER_ATTRIBUTE_MEMORY_TYPE,
-            ptr,
-        )
-        return None if code or not box.value else box.value == Cu.MEMORYTYPE_HOST
+        return self._api.in_host_memory(self._context.code, ptr)
 
     # -- copy and fill -----------------------------------------------------------------------------
 
@@ -271,7 +262,7 @@ class Memory:
                 f"{op} on {self._context.address}: the stream did not come to it within {limit:g} "
                 "s; it goes on, and the host memory must stay as it is",
                 code="timeout",
-                driver=NAME,
+                driver=self._api.driver,
                 op=op,
                 device=self._context.address,
             )
@@ -291,9 +282,13 @@ class Memory:
         seed = count
         if count > _SEED_PATTERNS and self._in_host_memory(ptr) is False:
             seed = _SEED_PATTERNS
-        for at in range(0, width, 4):
-            word = int.from_bytes(pattern[at : at + 4], "little")
-            context.call(api.cuMemsetD2D32Async, ptr + at, width, word, 1, seed, stream)
+        if "tables" in api.off:
+            for at, byte in enumerate(pattern):
+                context.call(api.cuMemsetD2D8Async, ptr + at, width, byte, 1, seed, stream)
+        else:
+            for at in range(0, width, 4):
+                word = int.from_bytes(pattern[at : at + 4], "little")
+                context.call(api.cuMemsetD2D32Async, ptr + at, width, word, 1, seed, stream)
         done, total = seed * width, count * width
         while done < total:
             size = min(done, total - done)
