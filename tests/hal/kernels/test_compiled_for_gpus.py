@@ -13,18 +13,25 @@ from drivetrain.hal import Source
 from drivetrain.hal.driver import Target
 from drivetrain.hal.dtype import DTYPES
 from drivetrain.hal.kernels import (
+    activations,
     elementwise,
     gather,
     gemm,
     hash,
     histogram,
+    indexing,
+    loss,
+    normalization,
+    optimizers,
     philox,
+    pooling,
     reduction,
     scan,
     softmax,
     stencil,
     text,
     transpose,
+    unfold,
 )
 from drivetrain.hal.kernels.elementwise import Operand
 from drivetrain.hal.language import compile
@@ -58,6 +65,16 @@ SOURCES: dict[str, Source] = {
     "philox of doubles": philox.source("normal64"),
     "hash": hash.source(),
     "gather": gather.source(4, DTYPES["int64"]),
+    "activations": activations.every(),
+    "gradient of gelu in halves": elementwise.elementwise(
+        "gelu_gradient", F16, Operand(F16, "1"), (Operand(F16, "1"),) * 2, 0
+    ),
+    "normalization": normalization.source(BF16),
+    "unfold": unfold.source(F16),
+    "pooling": pooling.source(F64),
+    "loss": loss.source(F32),
+    "indexing": indexing.source(BF16),
+    "optimizers": optimizers.source(F32),
 }
 
 

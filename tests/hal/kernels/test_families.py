@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 
 from drivetrain import hal
-from drivetrain.hal.kernels import FAMILIES, family, gemm, philox, reduction
+from drivetrain.hal.kernels import (
+    FAMILIES,
+    family,
+    gemm,
+    indexing,
+    loss,
+    normalization,
+    optimizers,
+    philox,
+    pooling,
+    reduction,
+    unfold,
+)
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("tree_sitter_cuda")
@@ -21,7 +33,8 @@ def device() -> hal.Device:
 
 def test_every_family_that_is_promised_is_there() -> None:
     promised = (
-        "saxpy elementwise gemm reduction scan histogram transpose stencil softmax philox hash"
+        "saxpy elementwise gemm reduction scan histogram transpose stencil softmax philox hash "
+        "activations normalization unfold pooling loss indexing optimizers"
     )
     assert set(promised.split()) <= set(FAMILIES)
     for name, each in FAMILIES.items():
@@ -42,6 +55,17 @@ SPOILT = {
     "a lost product": (gemm, "TILED", "sum[i * EACH + j] += mine[i] * other[j]", "if (deep != 3) "),
     "a lost sum": (reduction, "ONE_A_BLOCK", "if (t < half) {", "if (t < half && half != 8) {"),
     "a round too few": (philox, "KERNEL", "ROUND ROUND", "ROUND"),
+    "a mean that is a sum": (normalization, "TEXT", "sums[0] / (T)count;", "sums[0];"),
+    "a border of ones": (unfold, "TEXT", "E value = 0;", "E value = 1;"),
+    "a window too narrow": (
+        pooling,
+        "TEXT",
+        "column < right; ++column",
+        "column + 1 < right; ++column",
+    ),
+    "a class that counts": (loss, "TEXT", "class_of != ignored && ", ""),
+    "a skipped row that counts": (indexing, "TEXT", " || row == skipped", ""),
+    "no bias correction": (optimizers, "TEXT", "w.f[0] / w.f[6] * m", "w.f[0] * m"),
 }
 
 
@@ -57,9 +81,9 @@ def test_a_spoilt_kernel_is_found(
     from drivetrain.hal.opened import opened
 
     monkeypatch.setattr(opened(device), "kernels", {})
-    check = {gemm: "gemm", reduction: "reduction", philox: "philox"}[module]
+    (family_of,) = module.FAMILIES
     with pytest.raises(AssertionError, match="was expected"):
-        FAMILIES[check].check(device, device.stream(), 256)
+        FAMILIES[family_of.name].check(device, device.stream(), 256)
 
 
 def test_a_kernel_is_compiled_once_for_a_device(

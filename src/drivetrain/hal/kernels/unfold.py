@@ -2,7 +2,7 @@
 
 ``unfold`` writes for each image and group a matrix with a row for each (channel, place in the
 window) and a column for each place of the window in the image. Weights times that matrix are the
-convolution; its transpose gives the weights' gradient. ``fold`` is the transpose of ``unfold``: each
+convolution; its transpose gives the weights' gradient. ``fold`` is its transpose: each
 element sums what the windows over it hold, in the order of the places in the window, so that the
 sum is the same in every run. It gives the gradient of the input, and transposed convolution.
 """
