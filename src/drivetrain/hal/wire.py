@@ -7,6 +7,7 @@ whatever does not fit raises ValueError.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -14,6 +15,8 @@ from drivetrain.hal.device import Capabilities, DeviceInfo, Isolation
 from drivetrain.hal.telemetry import Telemetry
 
 _LARGEST_LIST = 4096
+_MOST_READINGS = 64
+_READING = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
 
 def info_to_json(info: DeviceInfo) -> dict[str, Any]:
@@ -54,13 +57,34 @@ def telemetry_from_json(value: Any) -> Telemetry:
         memory_used_bytes=_maybe(int, facts, "memory_used_bytes"),
         memory_total_bytes=_maybe(int, facts, "memory_total_bytes"),
         power_w=_number(facts, "power_w"),
+        power_limit_w=_number(facts, "power_limit_w"),
         temperature_c=_number(facts, "temperature_c"),
+        memory_temperature_c=_number(facts, "memory_temperature_c"),
         clock_mhz=_number(facts, "clock_mhz"),
         memory_clock_mhz=_number(facts, "memory_clock_mhz"),
         throttle=_words(facts, "throttle"),
+        ecc_corrected=_maybe(int, facts, "ecc_corrected"),
+        ecc_uncorrected=_maybe(int, facts, "ecc_uncorrected"),
         health=_a(str, facts, "health"),
         at=_number(facts, "at"),
+        vendor_specific=_readings(facts["vendor_specific"]),
     )
+
+
+def _readings(value: Any) -> tuple[tuple[str, float], ...]:
+    """From an object, or from the pairs that ``info_to_json`` leaves."""
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    if not isinstance(pairs, list) or len(pairs) > _MOST_READINGS:
+        raise ValueError("vendor_specific is no list of readings")
+    found = []
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError("a reading is a name and a number")
+        name, number = _is(str, pair[0], "reading"), _number({"reading": pair[1]}, "reading")
+        if number is None or not _READING.fullmatch(name):
+            raise ValueError("a reading is a name in small letters and a number")
+        found.append((name, number))
+    return tuple(found)
 
 
 def _capabilities(value: Any) -> Capabilities:

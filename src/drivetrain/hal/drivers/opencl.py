@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from drivetrain.hal.driver import (
 from drivetrain.hal.drivers import opencl_loader as loader
 from drivetrain.hal.drivers import opencl_platforms as platforms
 from drivetrain.hal.drivers.opencl_api import Cl, load
-from drivetrain.hal.telemetry import Telemetry, host, nvml
+from drivetrain.hal.telemetry import Telemetry, amd, host, intel, nvml
 
 # --- names ---------------------------------------------------------------------------------------
 
@@ -123,14 +124,18 @@ def _capabilities(each: platforms.Found) -> Capabilities:
 
 # --- telemetry -----------------------------------------------------------------------------------
 
+_BY_PCI: dict[str, Callable[[str], Telemetry]] = {"amd": amd.read, "intel": intel.read}
+
 
 def telemetry(info: DeviceInfo) -> Telemetry:
-    """NVIDIA's sensors by uuid; memory of the host where the device has that; nothing elsewhere:
-    OpenCL has no sensors."""
+    """NVIDIA's sensors by uuid, AMD's and Intel's by PCI address; memory of the host where the
+    device has that; nothing elsewhere: OpenCL has no sensors."""
     if info.fault:
         return Telemetry(health=f"lost: {info.fault}")
     if info.uuid.startswith("GPU-"):
         return nvml.telemetry(info.uuid)
+    if info.pci and not info.by_name_only and info.vendor in _BY_PCI:
+        return _BY_PCI[info.vendor](info.pci)
     if info.by_name_only and hasattr(os, "sched_getaffinity"):
         return host.telemetry(sorted(os.sched_getaffinity(0)))
     return _first_reading(info)
