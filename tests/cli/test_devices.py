@@ -37,6 +37,7 @@ DEVICE_FIELDS = {
     "checked_at": (str, type(None)),
     "reason": str,
     "capabilities": dict,
+    "health": dict,
     "telemetry": dict,
 }
 
@@ -110,6 +111,26 @@ def test_the_table_says_why_a_device_is_unusable(
     verdict = Verdict(False, 0.0, "it smokes")
     monkeypatch.setattr(probe, "verdicts", lambda found: dict.fromkeys(found, verdict))
     assert "no: it smokes" in run(app, "devices").stdout
+
+
+def test_health_and_its_reasons_are_shown_and_told(
+    app: typer.Typer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    hot = hal.Telemetry(throttle=("hw_thermal",), ecc_uncorrected=2, health="ok")
+    real = cli.device_record
+    monkeypatch.setattr(
+        cli, "device_record", lambda device, verdict, now=None: real(device, verdict, hot)
+    )
+    text = run(app, "devices").stdout
+    assert "degraded: 2 uncorrected memory errors" in text
+    assert "hw_thermal" in text
+    (device, *_) = json.loads(run(app, "devices", "--json").stdout)["devices"]
+    assert device["health"]["state"] == "degraded"
+    assert [reason["kind"] for reason in device["health"]["reasons"]] == ["ecc", "throttling"]
+    monkeypatch.setattr(cli, "device_record", real)
+    fine = next(d for d in hal.devices() if d.driver == "cpu").health()
+    assert fine.state in ("ok", "strained")
 
 
 @pytest.mark.parametrize("arguments", [["--json"], []])

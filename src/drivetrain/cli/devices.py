@@ -14,6 +14,7 @@ from drivetrain.hal import probe as probing
 from drivetrain.hal.device import Device
 from drivetrain.hal.probe import Verdict
 from drivetrain.hal.telemetry import Telemetry
+from drivetrain.hal.telemetry import health as healthy
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -43,6 +44,7 @@ def device_record(device: Device, verdict: Verdict, now: Telemetry | None = None
         "checked_at": verdict.checked_at_text,
         "reason": verdict.reason,
         "capabilities": device.capabilities.as_json(),
+        "health": healthy.verdict(now).as_json(),
         "telemetry": now.as_json(),
     }
 
@@ -90,6 +92,8 @@ def devices(
 
       drivetrain devices --probe
 
+      drivetrain devices --watch
+
       drivetrain devices --json | jq '.devices[].address'
     """
     if watch:
@@ -112,7 +116,10 @@ def _watch(as_json: bool, probe: bool, all_routes: bool) -> None:
                 found = report(all_routes=all_routes, live=True)
         from rich.live import Live
 
-        with Live(_page(found), console=console(), auto_refresh=False) as live:
+        # A table higher than the screen is cut there, not printed again each second.
+        with Live(
+            _page(found), console=console(), auto_refresh=False, vertical_overflow="ellipsis"
+        ) as live:
             while True:
                 time.sleep(_REFRESH_S)
                 found = report(all_routes=all_routes, live=True)
@@ -174,10 +181,6 @@ def table_of(devices: Iterable[Mapping[str, Any]]) -> Table:
         usable = {True: "[green]yes[/]", None: "[dim]?[/]"}.get(
             device["usable"], f"[red]no[/]: {escape(device['reason'])}"
         )
-        if now["throttle"]:
-            usable += f" [yellow]({', '.join(now['throttle'])})[/]"
-        if now["health"].startswith("degraded"):
-            usable += f" [yellow]{escape(now['health'])}[/]"
         others = [route for route in device["routes"] if route != device["address"]]
         name = escape(device["name"])
         extent = device["capabilities"]
@@ -194,6 +197,19 @@ def table_of(devices: Iterable[Mapping[str, Any]]) -> Table:
             "" if busy is None else f"{busy:.0%}",
             "" if power is None else f"{power:.0f} W",
             "" if heat is None else f"{heat:.0f} °C",
-            usable,
+            f"{usable} {_health(device['health'])}".rstrip(),
         )
     return table
+
+
+_COLOURS = {"strained": "yellow", "degraded": "red", "lost": "red"}
+
+
+def _health(found: Mapping[str, Any]) -> str:
+    """The verdict and why, in rich's markup; nothing where nothing is wrong."""
+    from rich.markup import escape
+
+    why = "; ".join(reason["text"] for reason in found["reasons"])
+    if not why:
+        return ""
+    return f"[{_COLOURS.get(found['state'], 'dim')}]{found['state']}: {escape(why)}[/]"

@@ -168,6 +168,13 @@ def redacted(found: dict[str, Any]) -> dict[str, Any]:
                 **device["capabilities"],
                 "peer_uuids": len(device["capabilities"]["peer_uuids"]),
             },
+            "health": {
+                "state": device["health"]["state"],
+                "reasons": [
+                    {"kind": reason["kind"], "text": clean(reason["text"])}
+                    for reason in device["health"]["reasons"]
+                ],
+            },
             "telemetry": {
                 **device["telemetry"],
                 "health": clean(device["telemetry"]["health"]),

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from drivetrain.hal.memory import Buffer
     from drivetrain.hal.resource import MemoryResource
     from drivetrain.hal.stream import Stream
+    from drivetrain.hal.telemetry.health import Health
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,13 @@ class Device:
         from drivetrain.hal import registry
 
         return registry.telemetry(self)
+
+    def health(self) -> Health:
+        """A verdict on the sensors now, with reasons: throttling, memory errors, little memory
+        left, lost. As quick as `telemetry`."""
+        from drivetrain.hal.telemetry.health import verdict
+
+        return verdict(self.telemetry())
 
     def memory(self) -> MemoryInfo:
         """Bytes now: total, used, free. Where nothing can be read, ``used`` is 0."""

@@ -135,7 +135,12 @@ def telemetry(info: DeviceInfo) -> Telemetry:
     if info.uuid.startswith("GPU-"):
         return nvml.telemetry(info.uuid)
     if info.pci and not info.by_name_only and info.vendor in _BY_PCI:
-        return _BY_PCI[info.vendor](info.pci)
+        now = _BY_PCI[info.vendor](info.pci)
+        if now.memory_total_bytes is not None:
+            return now
+        first = _first_reading(info)  # a GPU in the processor has the host's memory
+        used, total = first.memory_used_bytes, first.memory_total_bytes
+        return replace(now, memory_used_bytes=used, memory_total_bytes=total)
     if info.by_name_only and hasattr(os, "sched_getaffinity"):
         return host.telemetry(sorted(os.sched_getaffinity(0)))
     return _first_reading(info)
