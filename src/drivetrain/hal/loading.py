@@ -14,7 +14,7 @@ from drivetrain.hal.driver import ENTRY_POINT_GROUP, Driver
 
 _PACKAGE = _drivers.__name__
 
-ACCELERATORS = ("cuda", "opencl")
+ACCELERATORS = ("cuda", "hip", "opencl")
 """Built-in drivers by preference; outside drivers come after them, the cpu last."""
 
 BY_NAME = ("simulated",)

@@ -78,10 +78,13 @@ def _surroundings() -> object:
     names = (
         "CUDA_VISIBLE_DEVICES",
         "DRIVETRAIN_CPU_PARTITIONS",
+        "DRIVETRAIN_HIP_LIBRARY",
         "DRIVETRAIN_HOME",
         "DRIVETRAIN_SIMULATED",
+        "HIP_VISIBLE_DEVICES",
         "OCL_ICD_FILENAMES",
         "OCL_ICD_VENDORS",
+        "ROCR_VISIBLE_DEVICES",
         _LIMIT,
     )
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()

@@ -20,7 +20,7 @@ STATES = {
     NOT_HERE: "it needs a second device, which this machine does not have",
 }
 
-EMULATED, HARDWARE, NONE = "emulated", "hardware", ""
+FAKE, EMULATED, HARDWARE, NONE = "fake", "emulated", "hardware", ""
 DISCOVERY, CORE = "discovery", "core"
 """Beside the groups: what every driver has, and memory, streams and events, which every device
 that opens has."""
@@ -60,7 +60,7 @@ class Report:
     groups: tuple[str, ...]
     """What the open device declares."""
     evidence: str
-    """``hardware`` or ``emulated``; empty for a simulated device, which shows nothing."""
+    """``hardware``, ``emulated`` or ``fake``; empty for a simulated device, which shows nothing."""
     date: str
     seconds: float
     whole: bool

@@ -16,6 +16,7 @@ from drivetrain.hal.conformance.process import Process
 from drivetrain.hal.conformance.report import (
     EMULATED,
     FAILED,
+    FAKE,
     HARDWARE,
     NONE,
     Report,
@@ -75,7 +76,9 @@ def evidence_of(device: Device) -> str:
     """What a passed check of this device shows: see "evidence" in docs/architecture.md."""
     if device.driver == "simulated":
         return NONE
-    if device.driver in ("opencl", "sycl") and not device.info.pci:
+    if "fake" in device.capabilities.features:
+        return FAKE
+    if device.driver in ("opencl", "sycl", "hip", "level_zero") and not device.info.pci:
         return EMULATED  # someone else's implementation on a CPU; a GPU has a PCI address
     return HARDWARE
 

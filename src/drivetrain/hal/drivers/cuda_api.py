@@ -425,12 +425,18 @@ class Api:
     """
 
     driver = NAME
+    functions: Iterable[Function] = FUNCTIONS
+    too_old = (
+        f"{LIBRARY} has no {{}}: it is older than the CUDA 11.0 driver (450.36). Install a newer "
+        "NVIDIA driver"
+    )
+    lacks = "this NVIDIA driver has no {}; a newer driver has"
 
     def __init__(self, library: Library) -> None:
         self.symbols: dict[str, str] = {}
         """Name -> the symbol that was taken."""
         missing: dict[str, str] = {}
-        for row in FUNCTIONS:
+        for row in self.functions:
             if row.name in self.symbols:
                 continue
             try:
@@ -438,7 +444,7 @@ class Api:
             except AttributeError:
                 missing[row.name] = row.group
                 continue
-            function.argtypes = argument_types(row.types)
+            function.argtypes = self.argument_types(row)
             function.restype = ctypes.c_int
             setattr(self, row.name, function)
             self.symbols[row.name] = row.symbol
@@ -446,22 +452,23 @@ class Api:
         needed = sorted(name for name, group in lacking.items() if not group)
         if needed:
             raise HalError(
-                f"{LIBRARY} has no {', '.join(needed)}: it is older than the CUDA 11.0 driver "
-                "(450.36). Install a newer NVIDIA driver",
+                self.too_old.format(", ".join(needed)),
                 code="broken",
-                driver=NAME,
+                driver=self.driver,
                 op="open",
             )
         self.off = frozenset(lacking.values())
         """Groups that the library cannot serve."""
 
     def __getattr__(self, name: str) -> Any:
+        symbol = next((row.symbol for row in self.functions if row.name == name), name)
         raise Unsupported(
-            f"this NVIDIA driver has no {name}; a newer driver has",
-            code="unsupported",
-            driver=NAME,
-            op=name,
+            self.lacks.format(symbol), code="unsupported", driver=self.driver, op=symbol
         )
+
+    @staticmethod
+    def argument_types(row: Function) -> tuple[Any, ...]:
+        return argument_types(row.types)
 
     def kernel_node(
         self,

@@ -66,6 +66,8 @@ class _Kind:
     """Folders in site-packages."""
     folders: tuple[str, ...]
     install: str
+    selected: str = ""
+    """The variable that names another implementation of the API, which may bring its own."""
 
 
 _HEADERS = ("cuda_fp16.h", "hip/hip_runtime.h")
@@ -91,6 +93,7 @@ _KINDS = {
         ("/opt/rocm", "/opt/rocm-*"),
         "hiprtc compiles kernels for HIP, and there is none on this machine: install ROCm's "
         "package hiprtc (Debian's libamdhip64-5), or name ROCm's folder in ROCM_PATH",
+        "DRIVETRAIN_HIP_LIBRARY",
     ),
 }
 
@@ -117,6 +120,15 @@ def library(kind: str, driver: str = "") -> Library:
 
 
 def _candidates(kind: _Kind) -> Iterator[Path]:
+    selected = Path(os.environ.get(kind.selected, "")) if kind.selected else Path()
+    if selected.is_file():
+        beside = sorted(selected.parent.glob(kind.files[0]), key=lambda p: -len(p.name))
+        found = [each for each in beside if each.is_file()]
+        if kind.name.encode() + b"CompileProgram" in selected.read_bytes():
+            found.append(selected)
+        if found:
+            yield found[0].resolve()
+            return
     seen: set[Path] = set()
     for folder in _folders(kind):
         for pattern in kind.files:
