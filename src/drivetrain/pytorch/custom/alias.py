@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -80,59 +81,57 @@ class _Managed(ctypes.Structure):
     pass
 
 
-_Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _Managed._fields_ = (
     ("tensor", _Tensor),
     ("extent", ctypes.c_int64),  # DLPack's manager context, which is its producer's to use
     ("deleter", ctypes.c_void_p),
     ("step", ctypes.c_int64),  # behind what DLPack knows
 )
-_EXTENT = _Managed.extent.offset
-_STEP = _Managed.step.offset
-
-_owned: dict[int, tuple[_Managed, Callable[[], None]]] = {}
-"""By the address of the managed tensor: what it is, and what gives its memory back."""
-
-
-def _delete(address: int) -> None:
-    found = _owned.pop(address, None)
-    if found is not None:
-        found[1]()
-
-
-_deleter = _Deleter(_delete)
-_delete_address = ctypes.cast(_deleter, ctypes.c_void_p).value
+_idle: list[_Managed] = []
+"""Described memory that is gone. They are kept: torch may look at one once more, to see that there
+is no deleter."""
+_owners: dict[weakref.ref[Any], tuple[_Managed, Callable[[], None]]] = {}
+"""What each storage owns, until it is gone."""
 
 
 def owned(address: int, nbytes: int, index: int, free: Callable[[], None]) -> torch.Tensor:
     """``nbytes`` at ``address`` as a one-dimensional uint8 tensor of device ``index``. ``free`` is
-    called when the last tensor over them is gone, on whatever thread that happens."""
-    managed = _Managed()
-    here = ctypes.addressof(managed)
-    pointer = ctypes.POINTER(ctypes.c_int64)
-    managed.extent, managed.step, managed.deleter = nbytes, 1, _delete_address
-    managed.tensor = _Tensor(
-        address,
-        EXTENSION,
-        index,
-        1,
-        1,
-        8,
-        1,
-        ctypes.cast(here + _EXTENT, pointer),
-        ctypes.cast(here + _STEP, pointer),
-        0,
-    )
-    _owned[here] = (managed, free)
-    found: torch.Tensor = _from(_new(here, _NAME, None))
+    called when the last tensor over them is gone, on whatever thread that happens.
+
+    The end is told by a weak reference to the storage, which torch keeps alive in Python for as
+    long as it is in C++. A DLPack deleter would be called in the middle of C code with an exception
+    set, which Python code must not be.
+    """
+    managed = _idle.pop() if _idle else _new_managed()
+    tensor = managed.tensor
+    tensor.data, tensor.device_index, managed.extent = address, index, nbytes
+    found: torch.Tensor = _from(_new(ctypes.addressof(managed), _NAME, None))
+    _owners[weakref.ref(found.untyped_storage(), _gone)] = managed, free
     return found
+
+
+def _new_managed() -> _Managed:
+    managed = _Managed()
+    here, pointer = ctypes.addressof(managed), ctypes.POINTER(ctypes.c_int64)
+    extent = ctypes.cast(here + _Managed.extent.offset, pointer)
+    step = ctypes.cast(here + _Managed.step.offset, pointer)
+    managed.step = 1
+    managed.tensor = _Tensor(0, EXTENSION, 0, 1, 1, 8, 1, extent, step, 0)
+    _forever.append(managed)
+    return managed
+
+
+_forever: list[_Managed] = []
+
+
+def _gone(storage: weakref.ref[Any]) -> None:
+    managed, free = _owners.pop(storage)
+    _idle.append(managed)
+    free()
 
 
 @atexit.register
 def _keep() -> None:
-    """Tensors that outlive the interpreter call no Python when they go: their deleter is taken
-    out, and what describes them is never freed."""
-    for managed, free in list(_owned.values()):
-        managed.deleter = None
-        for each in (managed, free):
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
+    """Tensors may outlive the interpreter, and torch then looks at what described their memory."""
+    for managed in _forever:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(managed))

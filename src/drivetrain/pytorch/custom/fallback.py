@@ -21,6 +21,8 @@ from drivetrain.pytorch.custom.runtime import Runtime
 from drivetrain.pytorch.custom.schema import Plan, argument_at, plan_of
 
 _CPU = torch.device("cpu")
+_NUMBERS = frozenset((int, float, bool, complex))
+"""What a tensor without dimensions is given as where it came from Python."""
 
 
 def view_of(op: Any) -> Callable[..., Any]:
@@ -38,6 +40,26 @@ def run_on_cpu(
     if plan.is_view and not plan.written:
         return op._handle.redispatch_boxed(CPU_KEYS, *args, **kwargs)
     return _Trip(runtime, plan, args, kwargs).run(reason)
+
+
+def called(plan: Plan, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The overload on tensors of the CPU. Where a number stands for a tensor, which only some
+    overloads take, another overload of the operation does."""
+    numbers = [i for i, each in enumerate(args) if each.__class__ in _NUMBERS and plan.tensors[i]]
+    if not numbers:
+        return plan.op(*args, **kwargs)
+    for run in (plan.op, plan.op.overloadpacket):
+        try:
+            return run(*args, **kwargs)
+        except (RuntimeError, TypeError) as error:
+            if "Expected a value of type" not in str(error):
+                raise
+    given = list(args)
+    for position in numbers:
+        value = given[position]
+        kind = torch.get_default_dtype() if isinstance(value, float) else None
+        given[position] = torch.tensor(value, dtype=kind, device=_CPU)
+    return plan.op(*given, **kwargs)
 
 
 class _Trip:
@@ -136,7 +158,7 @@ class _Trip:
 
     def _call(self, args: list[Any], kwargs: dict[str, Any]) -> Any:
         try:
-            return self.plan.op(*args, **kwargs)
+            return called(self.plan, args, kwargs)
         except RuntimeError as error:
             if "not resizable" not in str(error) or not self.plan.written:
                 raise
@@ -149,7 +171,7 @@ class _Trip:
                     args[position] = fresh
                 else:
                     kwargs[name] = fresh
-        return self.plan.op(*args, **kwargs)
+        return called(self.plan, args, kwargs)
 
     def _hand_back(self, args: list[Any], kwargs: dict[str, Any]) -> None:
         """What the CPU wrote, to the device; arguments that grew or moved there as well."""
@@ -212,6 +234,19 @@ def kernel_on_cpu(runtime: Runtime, op: Any) -> Callable[..., Any]:
     return _short_way(runtime, plan, general)
 
 
+def boxed(runtime: Runtime) -> Callable[..., Any]:
+    """The same for all operations that nothing is registered for: ``(op, *args)``."""
+    known: dict[Any, Callable[..., Any]] = {}
+
+    def run(op: Any, *args: Any, **kwargs: Any) -> Any:
+        kernel = known.get(op)
+        if kernel is None:
+            kernel = known[op] = kernel_on_cpu(runtime, op)
+        return kernel(*args, **kwargs)
+
+    return run
+
+
 def _short_way(
     runtime: Runtime, plan: Plan, general: Callable[[Any, dict[str, Any]], Any]
 ) -> Callable[..., Any]:
@@ -223,9 +258,14 @@ def _short_way(
     host_of = on_host if plan.bits else plain_on_host
     here = label(0)
     several = len(plan.returns) > 1
+    tensors = plan.tensors
+
+    def with_numbers(*args: Any, **kwargs: Any) -> Any:
+        return called(plan, args, kwargs)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        hosts = []
+        hosts: list[Any] = []
+        run: Callable[..., Any] = call
         for each in args:
             if isinstance(each, Tensor):
                 if each.is_cpu:
@@ -236,6 +276,8 @@ def _short_way(
                     hosts.append(host_of(each))
             else:
                 hosts.append(each)
+                if each.__class__ in _NUMBERS and tensors[len(hosts) - 1]:
+                    run = with_numbers
         if kwargs:
             for value in kwargs.values():
                 if isinstance(value, Tensor):
@@ -244,7 +286,7 @@ def _short_way(
             counts[name] += 1
         else:
             table.note(name)
-        out = call(*hosts, **kwargs)
+        out = run(*hosts, **kwargs)
         if several:
             return tuple(None if each is None else relabelled(each, here) for each in out)
         return relabelled(out, here)

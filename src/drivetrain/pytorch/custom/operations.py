@@ -12,7 +12,7 @@ from torch import Tensor
 from drivetrain.errors import BadInput
 from drivetrain.pytorch.custom import recurrent
 from drivetrain.pytorch.custom.copying import copier
-from drivetrain.pytorch.custom.fallback import kernel_on_cpu, run_on_cpu, view_of
+from drivetrain.pytorch.custom.fallback import boxed, kernel_on_cpu, run_on_cpu, view_of
 from drivetrain.pytorch.custom.memory import CPU_KEYS, contiguous_strides, set_to
 from drivetrain.pytorch.custom.protocol import Kernel, kernels_of
 from drivetrain.pytorch.custom.runtime import Runtime
@@ -85,7 +85,7 @@ class Registrar:
         )
         self.on_cpu()
         last = Library("_", "IMPL")
-        last.fallback(lambda op, *args, **kwargs: run_on_cpu(self.runtime, op, args, kwargs), KEY)
+        last.fallback(boxed(self.runtime), KEY)
         _libraries.append(last)
 
     def unless_taken(self, name: str, function: Callable[..., Any]) -> None:
@@ -134,6 +134,7 @@ class Registrar:
         self.put("_copy_from_and_resize", copy_and_resize)
         self.put("resize_", partial(_resize, runtime))
         self.put("_local_scalar_dense", partial(_number, runtime))
+        self.put("record_stream", lambda tensor, stream: None)  # memory goes back in order anyway
         for name in _VIEWS:
             self.put(name, view_of(overload(f"aten::{name}")))
 
@@ -154,10 +155,7 @@ class Registrar:
             if (
                 name.startswith("aten::")
                 and has(name, "CPU")
-                and (
-                    has(name, "CompositeExplicitAutogradNonFunctional")
-                    or not has(name, "CompositeExplicitAutograd")
-                )
+                and has(name, "CompositeExplicitAutogradNonFunctional")
             ):
                 names.append(name)
         for name in names:

@@ -60,6 +60,7 @@ def _guard(runtime: Runtime) -> None:
     kind: Any = torch.UntypedStorage
     new, clone, cpu, copy = kind.__new__, kind.clone, kind.cpu, kind.copy_
     resize, fill, get, put = kind.resize_, kind.fill_, kind.__getitem__, kind.__setitem__
+    byteswap, renew = kind.byteswap, kind.new
     name = runtime.name
 
     def here(storage: Any) -> bool:
@@ -131,6 +132,20 @@ def _guard(runtime: Runtime) -> None:
         else:
             put(self, index, value)
 
+    def swapped(self: Any, dtype: torch.dtype) -> None:
+        if not here(self):
+            byteswap(self, dtype)
+            return
+        host = self.cpu()
+        byteswap(host, dtype)
+        self.copy_(host)
+
+    def another(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not here(self):
+            return renew(self, *args, **kwargs)
+        return made(kind, *args, device=self.device)
+
+    kind.byteswap, kind.new = swapped, another
     kind.__new__ = staticmethod(made)
     kind.clone, kind.cpu, kind.copy_ = cloned, on_cpu, copied
     kind.resize_, kind.fill_ = resized, filled
