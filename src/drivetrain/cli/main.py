@@ -13,7 +13,7 @@ _SCRIPT_ARGS: list[str] = []
 
 
 def _mount() -> typer.Typer:
-    from drivetrain.cli import calibrate, conformance, devices, doctor, drivers, jobs, run
+    from drivetrain.cli import calibrate, conformance, devices, doctor, drivers, jobs, port, run
 
     app = typer.Typer(
         name="drivetrain",
@@ -39,6 +39,7 @@ def _mount() -> typer.Typer:
     app.command()(jobs.stop)
     app.command()(jobs.prune)
     app.command()(run.check)
+    app.command()(port.port)
     app.command()(run.demo)
     return app
 

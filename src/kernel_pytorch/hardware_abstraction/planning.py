@@ -150,7 +150,7 @@ def work_of(computation: Any) -> list[Work]:
                 f"torch.fx cannot trace this {type(computation).__name__} ({error}); give "
                 "torch.export.export(model, example_inputs) instead"
             ) from error
-    if not hasattr(graph, "nodes"):
+    if graph is None or not hasattr(graph, "nodes"):
         raise BadInput(
             f"a {type(computation).__name__} is no computation: give a module, a GraphModule, an "
             "ExportedProgram, or Work(...) nodes"
@@ -194,7 +194,7 @@ def _flops(node: Any) -> float:
 
     arguments = [seen(each) for each in node.args]
     if str(packet) == "aten.linear":  # torch counts it under the products that it is made of
-        return 2.0 * value.numel() * arguments[1].shape[-1]
+        return float(2 * value.numel() * arguments[1].shape[-1])
     named = {key: seen(each) for key, each in node.kwargs.items()}
     try:
         return float(formula(*arguments, **named, out_val=value))
