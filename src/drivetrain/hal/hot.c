@@ -230,33 +230,50 @@ static int launch_opencl(const dt_calls *calls, void *function, const uint32_t g
     return code;
 }
 
+/* A stream of its own belongs to one context, and so does all that is queued on it: the driver
+ * queues it there or says that it cannot, so that the context that is current need not be asked for
+ * each time. The names of default streams (0 to 2) mean those of whatever context is current. */
+static inline int own(const void *stream) { return (uintptr_t)stream > 2; }
+
+static int queue_launch(const dt_calls *calls, void *function, const uint32_t grid[3],
+                        const uint32_t block[3], uint32_t shared, void *stream, void **arguments,
+                        const int32_t *sizes, unsigned count) {
+    switch (calls->abi) {
+    case DT_ABI_CUDA:
+        return ((cuda_launch)calls->launch)(function, grid[0], grid[1], grid[2], block[0], block[1],
+                                            block[2], shared, stream, arguments, NULL);
+    case DT_ABI_PLAIN:
+        return ((dt_plain_launch)calls->launch)(function, grid, block, shared, stream, arguments);
+    case DT_ABI_OPENCL:
+        return launch_opencl(calls, function, grid, block, shared, stream, arguments, sizes, count);
+    }
+    return -1;
+}
+
 int dt_launch(const dt_calls *calls, void *function, const uint32_t grid[3],
               const uint32_t block[3], uint32_t shared, void *stream, void **arguments,
               const int32_t *sizes, unsigned count) {
     void *before;
-    int code = enter(calls, &before);
-    if (code) return code;
-    switch (calls->abi) {
-    case DT_ABI_CUDA:
-        code = ((cuda_launch)calls->launch)(function, grid[0], grid[1], grid[2], block[0], block[1],
-                                            block[2], shared, stream, arguments, NULL);
-        break;
-    case DT_ABI_PLAIN:
-        code = ((dt_plain_launch)calls->launch)(function, grid, block, shared, stream, arguments);
-        break;
-    case DT_ABI_OPENCL:
-        code = launch_opencl(calls, function, grid, block, shared, stream, arguments, sizes, count);
-        break;
-    default:
-        code = -1;
+    int code;
+    if (own(stream)) {
+        code = queue_launch(calls, function, grid, block, shared, stream, arguments, sizes, count);
+        if (!code || !calls->get_context) return code;
     }
+    code = enter(calls, &before);
+    if (code) return code;
+    code = queue_launch(calls, function, grid, block, shared, stream, arguments, sizes, count);
     leave(calls, before);
     return code;
 }
 
 int dt_record(const dt_calls *calls, void *event, void *stream) {
     void *before;
-    int code = enter(calls, &before);
+    int code;
+    if (own(stream)) {
+        code = ((record)calls->record)(event, stream);
+        if (!code || !calls->get_context) return code;
+    }
+    code = enter(calls, &before);
     if (code) return code;
     code = ((record)calls->record)(event, stream);
     leave(calls, before);
@@ -265,7 +282,12 @@ int dt_record(const dt_calls *calls, void *event, void *stream) {
 
 int dt_graph_launch(const dt_calls *calls, void *graph, void *stream) {
     void *before;
-    int code = enter(calls, &before);
+    int code;
+    if (own(stream)) {
+        code = ((graph_launch)calls->graph_launch)(graph, stream);
+        if (!code || !calls->get_context) return code;
+    }
+    code = enter(calls, &before);
     if (code) return code;
     code = ((graph_launch)calls->graph_launch)(graph, stream);
     leave(calls, before);

@@ -173,6 +173,45 @@ def test_the_same_kernel_in_opencl_c_and_cuda_c_gives_the_same(
 
 
 @platform
+@pytest.mark.parametrize("how", ["kernel", "command"])
+def test_each_way_to_fill_writes_the_pattern_and_nothing_beside_it(run: Run, how: str) -> None:
+    run(
+        """
+        by_kernel = os.environ["DRIVETRAIN_OPENCL_FILL"] == "kernel"
+        assert (backend._heap.filler is not None) == by_kernel
+        for width in (1, 2, 4, 8, 16):
+            pattern = bytes(range(1, width + 1))
+            for offset, count in ((0, 1), (0, 1000), (16, 3), (width, 77), (3 * width, 5000)):
+                whole = device.alloc(1 << 17, stream=stream)
+                whole.fill(b"\\xee", stream=stream)
+                whole.view(offset, count * width).fill(pattern, stream=stream)
+                got = bytearray(1 << 17)
+                whole.copy_to(memoryview(got), stream=stream)
+                stream.synchronize(60)
+                wanted = b"\\xee" * offset + pattern * count
+                assert got == wanted.ljust(1 << 17, b"\\xee"), (width, offset, count)
+        """,
+        DRIVETRAIN_OPENCL_FILL=how,
+    )
+
+
+@platform
+def test_streams_that_come_and_go_share_a_queue_once_it_is_empty(run: Run) -> None:
+    run(
+        """
+        target = holding([0.0] * 64)
+        for _ in range(50):
+            with device.stream() as passing:
+                target.fill(bytes(4), stream=passing)
+            device.synchronize(60)
+        queues = backend._queues
+        held = len(queues._queues) + sum(map(len, queues._spare.values())) + len(queues._left)
+        assert held <= 4, held
+        """
+    )
+
+
+@platform
 def test_errors_of_the_platforms_compiler_are_in_the_users_lines(run: Run) -> None:
     run(
         """

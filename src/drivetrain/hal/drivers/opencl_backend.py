@@ -19,7 +19,8 @@ from drivetrain.hal.driver import (
 from drivetrain.hal.drivers import opencl_build
 from drivetrain.hal.drivers.opencl_api import NAME, Api, Cl, address_of, load
 from drivetrain.hal.drivers.opencl_context import Context
-from drivetrain.hal.drivers.opencl_heaps import heap_of
+from drivetrain.hal.drivers.opencl_fill import Filler
+from drivetrain.hal.drivers.opencl_heaps import Addresses, heap_of
 from drivetrain.hal.drivers.opencl_memory import Memory
 from drivetrain.hal.drivers.opencl_platforms import Found
 from drivetrain.hal.drivers.opencl_programs import Programs
@@ -35,7 +36,12 @@ MEMORY = "DRIVETRAIN_OPENCL_MEMORY"
 BINARY_ONLY = "DRIVETRAIN_OPENCL_BINARY_ONLY"
 """``1``: as if the platforms had no compilers, which is how FPGAs' are."""
 
+FILL = "DRIVETRAIN_OPENCL_FILL"
+"""``kernel`` or ``command``: how shared virtual memory is filled; else what suits the platform."""
+
 _CLOSE_WAIT_S = 5.0
+_NVIDIA_LOCAL_BYTES = 128
+"""No kernel gets the last of the local memory that NVIDIA's platform tells (64 are too few)."""
 _MOST_FAILURES = 64
 
 
@@ -58,6 +64,10 @@ class OpenclBackend:
             )
             only = "binary_only" in self.target.features
             self._programs = programs = Programs(context, self._heap, binary_only=only)
+            how = _chosen(FILL, ("kernel", "command"))
+            by_kernel = how == "kernel" or (not how and found.vendor == "nvidia")
+            if by_kernel and isinstance(self._heap, Addresses) and self._heap.name == "svm":
+                self._heap.filler = Filler(context, programs)
         except BaseException:
             context.release()
             raise
@@ -100,7 +110,8 @@ class OpenclBackend:
             grid=GRID,
             block=(min(most[0], threads), min(most[1], threads), min(most[2], threads)),
             threads=threads,
-            shared_bytes=found.number(Cl.DEVICE_LOCAL_MEM_SIZE),
+            shared_bytes=found.number(Cl.DEVICE_LOCAL_MEM_SIZE)
+            - (_NVIDIA_LOCAL_BYTES if found.vendor == "nvidia" else 0),
         )
         self.target = Target(
             kind="opencl",
@@ -239,4 +250,4 @@ def _chosen(name: str, words: tuple[str, ...]) -> str:
     return text
 
 
-__all__ = ["BINARY_ONLY", "GRID", "MEMORY", "PROFILING", "OpenclBackend", "features"]
+__all__ = ["BINARY_ONLY", "FILL", "GRID", "MEMORY", "PROFILING", "OpenclBackend", "features"]

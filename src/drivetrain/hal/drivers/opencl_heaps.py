@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from drivetrain.errors import HalError
 from drivetrain.hal.drivers.opencl_api import BufferRegion, Cl, Extended, address_of
 from drivetrain.hal.drivers.opencl_context import Context
+from drivetrain.hal.drivers.opencl_fill import Filler
 from drivetrain.hal.drivers.opencl_platforms import Found
 from drivetrain.hal.kinds import Kind, Way
 
@@ -120,6 +121,8 @@ class Addresses:
         self._context = context
         self._usm = usm
         self._pinned: Pinned | None = None
+        self._taking = threading.RLock()  # a finaliser may come in between
+        self.filler: Filler | None = None
         self._copy: Any
         self._fill: Any
         if usm is not None:
@@ -157,7 +160,8 @@ class Addresses:
             if kind is not Kind.DEVICE:
                 flags |= Cl.MEM_SVM_FINE_GRAIN_BUFFER
             context.check("clSVMAlloc")
-            ptr = api.clSVMAlloc(context.handle, flags, nbytes, 0)
+            with self._taking:  # NVIDIA's fails now and then while another thread is in it
+                ptr = api.clSVMAlloc(context.handle, flags, nbytes, 0)
             if not ptr:
                 raise context.no_memory("clSVMAlloc", nbytes)
             return int(ptr)
@@ -179,12 +183,15 @@ class Addresses:
             context.call(self._usm.clMemFreeINTEL, context.handle, ptr)
         else:
             context.check("clSVMFree")
-            context.api.clSVMFree(context.handle, ptr)
+            with self._taking:
+                context.api.clSVMFree(context.handle, ptr)
 
     def copy(self, queue: int, dst: int, src: int, nbytes: int, way: Way) -> None:
         self._context.call(self._copy, queue, 0, dst, src, nbytes, 0, None, None)
 
     def fill(self, queue: int, ptr: int, pattern: bytes, nbytes: int) -> None:
+        if self.filler is not None and self.filler.fill(queue, ptr, pattern, nbytes):
+            return
         self._context.call(self._fill, queue, ptr, pattern, len(pattern), nbytes, 0, None, None)
 
     def set_argument(self, kernel: int, index: int, ptr: int) -> int:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import NamedTuple
 
 from drivetrain.errors import HalError, Unsupported
 from drivetrain.hal.drivers.opencl_api import Cl
@@ -23,6 +24,14 @@ _IDLE_S = 0.02
 or nearly so."""
 
 
+class _Sort(NamedTuple):
+    """Which queues may stand for each other."""
+
+    priority: int
+    """-1 high, 0, 1 low."""
+    timing: bool
+
+
 class Queues:
     """In-order queues, and events on them."""
 
@@ -32,15 +41,18 @@ class Queues:
         self._timing = timing
         self._hints = "cl_khr_priority_hints" in context.found.extensions
         self._lock = threading.RLock()  # a finaliser may come in between
-        self._queues: set[int] = set()
-        self._gone: set[int] = set()
-        """Handles of queues that were let go of, which flushed them."""
+        self._queues: dict[int, _Sort] = {}
+        self._spare: dict[_Sort, list[int]] = {}
+        """Queues that were let go of and are empty, for the next that is wanted: some platforms
+        (NVIDIA's: half a MiB each) never give back what a queue took."""
         self._idle: dict[int, int] = {}
         """How much had been queued anywhere when a queue was last known to be empty."""
         self._asked: dict[int, tuple[int, int]] = {}
         """The marker that `done` waits for in a queue, and how much had been queued by then."""
-        self._left: list[int] = []
-        """Markers at the end of queues that were let go of."""
+        self._left: list[tuple[int, int, _Sort]] = []
+        """Queues that were let go of before their end was reached: the marker there, the queue."""
+        self._failed: list[int] = []
+        """Queues that were let go of and whose work failed: not used again."""
         self._events: set[int] = set()
         self._boxes: Boxes = boxes(context.api)
         self._queued = 0
@@ -49,53 +61,66 @@ class Queues:
     # -- queues ----------------------------------------------------------------------------------
 
     def new(self, priority: int) -> int:
+        sort = _Sort((priority > 0) - (priority < 0), self._timing)
+        with self._lock:
+            self._collect()
+            spare = self._spare.get(sort)
+            queue = spare.pop() if spare else 0
+            if queue:
+                self._queues[queue] = sort
+        if not queue:
+            queue = self._made(sort)
+            with self._lock:
+                self._queues[queue] = sort
+        return queue
+
+    def _made(self, sort: _Sort) -> int:
         context, api = self._context, self._api
-        properties = Cl.QUEUE_PROFILING_ENABLE if self._timing else 0
+        properties = Cl.QUEUE_PROFILING_ENABLE if sort.timing else 0
         if self._hints and "queue_properties" not in api.off and context.found.version >= 200:
-            hint = Cl.QUEUE_PRIORITY_MED_KHR
-            if priority:
-                hint = Cl.QUEUE_PRIORITY_HIGH_KHR if priority < 0 else Cl.QUEUE_PRIORITY_LOW_KHR
+            hint = {
+                -1: Cl.QUEUE_PRIORITY_HIGH_KHR,
+                0: Cl.QUEUE_PRIORITY_MED_KHR,
+                1: Cl.QUEUE_PRIORITY_LOW_KHR,
+            }[sort.priority]
             table = (ctypes.c_uint64 * 5)(
                 Cl.QUEUE_PROPERTIES, properties, Cl.QUEUE_PRIORITY_KHR, hint, 0
             )
             create = api.clCreateCommandQueueWithProperties
-            queue = context.made(create, context.handle, context.device, table)
-        else:
-            create = api.clCreateCommandQueue
-            queue = context.made(create, context.handle, context.device, properties)
-        with self._lock:
-            self._queues.add(queue)
-            self._gone.discard(queue)
-        return queue
+            return context.made(create, context.handle, context.device, table)
+        return context.made(api.clCreateCommandQueue, context.handle, context.device, properties)
 
     def free(self, queue: int) -> None:
         """Let go of a queue; `synchronize` still waits for what was queued on it."""
         left = self.marker(queue)
         with self._lock:
-            self._queues.discard(queue)
-            self._gone.add(queue)
+            sort = self._queues.pop(queue)
             self._idle.pop(queue, None)
             asked = self._asked.pop(queue, None)
-            self._left.append(left)
+            self._left.append((left, queue, sort))
         if asked is not None:
             self._api.clReleaseEvent(asked[0])
-        self._context.call(self._api.clReleaseCommandQueue, queue)
         self._collect()
 
     def _collect(self) -> bool:
-        """Let go of markers that were reached; whether none is left."""
+        """Keep queues that were let go of and came to their end; whether none is left."""
         with self._lock:
             looked, self._left = self._left, []
-        for event in looked:
+        for event, queue, sort in looked:
+            failed = False
             try:
                 reached = self._context.complete(event)
             except HalError:
-                reached = not self._context.lost  # nobody is left to be told
+                reached = failed = not self._context.lost  # nobody is left to be told
             if reached:
                 self._api.clReleaseEvent(event)
-            else:
-                with self._lock:
-                    self._left.append(event)
+            with self._lock:
+                if not reached:
+                    self._left.append((event, queue, sort))
+                elif failed:
+                    self._failed.append(queue)
+                else:
+                    self._spare.setdefault(sort, []).append(queue)
         return not self._left
 
     def tells_time(self) -> bool:
@@ -220,9 +245,7 @@ class Queues:
         found, queue = self._boxes.take(event)
         try:
             if queue:
-                with self._lock:
-                    if queue not in self._gone:
-                        self._context.call(self._api.clFlush, queue)
+                self._context.call(self._api.clFlush, queue)
             yield found
         finally:
             if found:
@@ -268,9 +291,12 @@ class Queues:
         """Give back every queue and event; nothing is running any more."""
         with self._lock:
             events, self._events = self._events, set()
-            queues, self._queues = self._queues, set()
-            left, self._left = self._left, []
+            queues, self._queues = list(self._queues), {}
+            queues += [queue for _, queue, _ in self._left] + self._failed
+            queues += [queue for spare in self._spare.values() for queue in spare]
+            left = [event for event, _, _ in self._left]
             left += [event for event, _ in self._asked.values()]
+            self._left, self._failed, self._spare = [], [], {}
             self._asked, self._idle = {}, {}
         for event in events:
             self._boxes.free(event)

@@ -127,10 +127,11 @@ def _used_after_closing(device: Device) -> tuple[object, ...]:
 @check(OWN_MEMORY)
 def memory_after_close(device: Device) -> None:
     """A device that is closed gives back what was allocated on it."""
-    nbytes = backend(device).memory()[0] // 2
+    nbytes = backend(device).memory()[0] // 8  # drivers may give no more than a quarter at once
     for _ in range(4):
         stream = device.stream()
-        driver_memory(device).allocate(nbytes, stream.handle)
+        for _ in range(4):
+            driver_memory(device).allocate(nbytes, stream.handle)
         close_all()
 
 
