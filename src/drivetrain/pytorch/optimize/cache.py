@@ -1,0 +1,112 @@
+"""Plans that were found, by model signature, torch version and device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from drivetrain.hal import config
+from drivetrain.pytorch.optimize.report import Report
+from drivetrain.pytorch.optimize.steps import Step
+from drivetrain.pytorch.optimize.subject import Subject
+
+__all__ = ["FILE", "forget", "key_of", "load", "save", "signature"]
+
+FILE = "optimize.json"
+ENTRIES = 256
+"""The oldest go first."""
+FORM = 1
+
+
+def signature(model: nn.Module) -> str:
+    """A hash of the structure: classes, what they print of themselves, the code of ``forward``
+    where it is not torch's, and each tensor's name, shape, type and sharing. Not of the values."""
+    digest = hashlib.sha256()
+    for name, part in model.named_modules():
+        kind = type(part)
+        digest.update(
+            f"{name}|{kind.__module__}.{kind.__qualname__}|{part.extra_repr()}\n".encode()
+        )
+        code = getattr(kind.forward, "__code__", None)
+        if code is not None and not kind.__module__.startswith("torch."):
+            digest.update(code.co_code + repr(code.co_names).encode() + _constants(code))
+    first: dict[int, str] = {}
+    for name, tensor in (*_all(model.named_parameters), *_all(model.named_buffers)):
+        shared = first.setdefault(id(tensor), name)
+        facts = (name, tuple(tensor.shape), tuple(tensor.stride()), str(tensor.dtype), shared)
+        digest.update(repr((*facts, tensor.requires_grad)).encode())
+    return digest.hexdigest()
+
+
+def _constants(code: Any) -> bytes:
+    """Without addresses, which a nested function's repr has."""
+    plain = [
+        c for c in code.co_consts if isinstance(c, (int, float, str, bytes, type(None), tuple))
+    ]
+    nested = [c.co_code for c in code.co_consts if hasattr(c, "co_code")]
+    return repr(plain).encode() + b"".join(nested)
+
+
+def _all(named: Any) -> Any:
+    return named(remove_duplicate=False)
+
+
+def key_of(
+    subject: Subject, model: nn.Module, steps: tuple[Step, ...], objective: str, tolerance: float
+) -> str:
+    """What an entry is good for."""
+    leaves, shape = tree_flatten((subject.inputs.args, subject.inputs.kwargs))
+    inputs = [
+        (tuple(leaf.shape), tuple(leaf.stride()), str(leaf.dtype))
+        if isinstance(leaf, Tensor)
+        else repr(leaf)[:200]
+        for leaf in leaves
+    ]
+    optimizer = subject.optimizer
+    facts = (
+        FORM,
+        signature(model),
+        str(torch.__version__),
+        str(subject.device),
+        subject.facts.name,
+        torch.get_num_threads() if subject.device.type == "cpu" else 0,
+        torch.version.cuda,
+        subject.training,
+        "" if optimizer is None else type(optimizer).__qualname__,
+        repr(shape),
+        inputs,
+        objective,
+        tolerance,
+        [(step.name, step.code if step.group == "own" else "") for step in steps],
+    )
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def _path(home: Path | None) -> Path:
+    return (home or config.state_folder()) / FILE
+
+
+def load(key: str, *, home: Path | None = None) -> Report | None:
+    """The report of an earlier search; None where there is none that can be read."""
+    entry = config.read_json(_path(home)).get(key)
+    return Report.read(entry.get("report")) if isinstance(entry, dict) else None
+
+
+def save(key: str, report: Report, *, home: Path | None = None) -> None:
+    path = _path(home)
+    known = {k: v for k, v in config.read_json(path).items() if isinstance(v, dict)}
+    known[key] = {"at": time.time(), "report": json.loads(json.dumps(report.as_json()))}
+    newest = sorted(known, key=lambda k: -float(known[k].get("at", 0)))[:ENTRIES]
+    config.write_json(path, {k: known[k] for k in newest})
+
+
+def forget(*, home: Path | None = None) -> None:
+    """Forgets every plan."""
+    _path(home).unlink(missing_ok=True)
