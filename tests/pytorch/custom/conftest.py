@@ -1,0 +1,59 @@
+"""Scripts that register a device, each in a process of its own: there is no way back from it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+pytest.importorskip("torch")
+
+HEAD = """
+import copy, gc, io, sys, warnings
+sys.path.insert(0, {folder!r})
+import torch
+from torch import nn
+from chips import CHIPS, OpaqueChip, SharedChip, VisibleChip
+from drivetrain.errors import BadInput, OutOfMemory, Unsupported
+from drivetrain.pytorch.custom import Config, register_custom_device, registered
+torch.set_num_threads(1)
+F = nn.functional
+
+def raises(kind, text, act):
+    try:
+        act()
+    except kind as error:
+        assert text in str(error), str(error)
+        return error
+    raise AssertionError(f"no {{kind.__name__}} ({{text}})")
+
+def register(memory="shared", count=1, **more):
+    chip = CHIPS[memory]("npu", count=count)
+    return register_custom_device(chip, Config(**{{"fallback": "allow", "shim": "off", **more}}))
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Callable[..., str]:
+    """Run a script after the head above; what it printed. It must end with 0, or as ``rc`` says."""
+
+    def run(code: str, rc: int = 0, **environment: str) -> str:
+        head = HEAD.format(folder=str(Path(__file__).parent))
+        done = subprocess.run(
+            [sys.executable, "-X", "faulthandler", "-c", head + dedent(code)],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=110,
+            cwd=tmp_path,
+            env={**os.environ, "DRIVETRAIN_HOME": str(tmp_path / "home"), **environment},
+        )
+        assert done.returncode == rc, done.stderr[-4000:]
+        return done.stdout
+
+    return run
