@@ -435,7 +435,7 @@ def test_importing_the_module_does_not_take_the_name_away() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-# -- NVIDIA's tools -------------------------------------------------------------------------------
+# -- the vendors' tools ---------------------------------------------------------------------------
 
 TOOLS = """
 #include <stdio.h>
@@ -471,18 +471,37 @@ def used(tmp_path: Path, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_ranges_reach_the_tools_library(tmp_path: Path) -> None:
+def build(folder: Path, name: str, prefix: str, said: str = "") -> None:
+    """A stand-in for a vendor's library that says what it is called with."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
-    (tmp_path / "tools.c").write_text(TOOLS)
-    library = tmp_path / "libnvToolsExt.so.1"
-    command = [compiler, "-shared", "-fPIC", str(tmp_path / "tools.c"), "-o", str(library)]
+    text = TOOLS.replace("nvtx", prefix).replace('"p', f'"{said}p')
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tools.c").write_text(text)
+    command = [compiler, "-shared", "-fPIC", str(folder / "tools.c"), "-o", str(folder / name)]
     subprocess.run(command, check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("libnvToolsExt.so.1", "nvtx"), ("libroctx64.so.4", "roctx")]
+)
+def test_ranges_reach_the_tools_library(tmp_path: Path, name: str, prefix: str) -> None:
+    build(tmp_path, name, prefix)
     said = used(tmp_path, LD_LIBRARY_PATH=str(tmp_path))
     assert said[: len(SAID)] == SAID
     assert said.count("pop") == len([each for each in said if each.startswith("push")])
     assert said.count("push twice") == 1
+
+
+def test_with_both_vendors_libraries_both_are_told(tmp_path: Path) -> None:
+    build(tmp_path, "libnvToolsExt.so.1", "nvtx")
+    build(tmp_path / "rocm/lib", "librocprofiler-sdk-roctx.so.1", "roctx", "roc ")
+    build(tmp_path / "rocm/lib", "libroctx64.so.4", "roctx", "older ")
+    paths = {"LD_LIBRARY_PATH": str(tmp_path), "ROCM_PATH": str(tmp_path / "rocm")}
+    said = used(tmp_path, **paths)
+    assert said[::2][: len(SAID)] == SAID
+    assert said[1::2][: len(SAID)] == [f"roc {line}" for line in SAID]
 
 
 def test_ranges_reach_the_tools_package(tmp_path: Path) -> None:

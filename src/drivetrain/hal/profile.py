@@ -111,7 +111,8 @@ class Profile:
     ``drivetrain.placement.calibration.peaks`` is. At most ``limit`` spans are kept for the
     timeline, the first ones; the sums are of all. Profiles nest and run side by side; each has the
     work of all threads. What is noted in a graph is not work; each launch of the graph is one span.
-    ``nvtx`` marks launches, copies and ranges for NVIDIA's tools where their library is present.
+    ``nvtx`` marks launches, copies and ranges for NVIDIA's and AMD's tools where a library for
+    them is present.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class Profile:
     @contextmanager
     def range(name: str) -> Iterator[None]:
         """A named stretch of the calling thread, on the host's row of the profiles that run, and
-        for NVIDIA's tools where their library is present. Without either it does nothing."""
+        for the vendors' tools where they have a library here. Without either it does nothing."""
         from drivetrain.hal import nvtx
         from drivetrain.hal.timeline import Span, collector
 
