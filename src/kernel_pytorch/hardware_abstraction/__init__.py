@@ -14,7 +14,13 @@ if TYPE_CHECKING:
     )
     from kernel_pytorch.hardware_abstraction.layer import HardwareAbstractionLayer
     from kernel_pytorch.hardware_abstraction.mesh import DeviceMesh
+    from kernel_pytorch.hardware_abstraction.optimizer import CapabilityAwareOptimizer
     from kernel_pytorch.hardware_abstraction.plugin_system import HardwarePluginManager
+    from kernel_pytorch.hardware_abstraction.privateuse1_integration import (
+        CustomDeviceBackend,
+        PrivateUse1Config,
+        register_custom_device,
+    )
     from kernel_pytorch.hardware_abstraction.triton_backends import ProprietaryTritonBackend
     from kernel_pytorch.hardware_abstraction.vendor_adapters import (
         AMDAdapter,
@@ -36,13 +42,19 @@ _HOMES = {
     "auto_detect_best_adapter": "vendor_adapters",
     "ProprietaryTritonBackend": "triton_backends",
     "HardwarePluginManager": "plugin_system",
+    "CapabilityAwareOptimizer": "optimizer",
+    "CustomDeviceBackend": "privateuse1_integration",
+    "PrivateUse1Config": "privateuse1_integration",
+    "register_custom_device": "privateuse1_integration",
 }
 
 __all__ = [
     "AMDAdapter",
     "CPUAdapter",
+    "CapabilityAwareOptimizer",
     "CompiledKernel",
     "CustomASICAdapter",
+    "CustomDeviceBackend",
     "DeviceMesh",
     "DeviceSpec",
     "HardwareAbstractionLayer",
@@ -51,9 +63,11 @@ __all__ = [
     "HardwareVendor",
     "IntelAdapter",
     "NVIDIAAdapter",
+    "PrivateUse1Config",
     "ProprietaryTritonBackend",
     "VendorAdapter",
     "auto_detect_best_adapter",
+    "register_custom_device",
 ]
 
 
