@@ -14,14 +14,16 @@ _HOMES = {
     "Moved": "drivetrain.errors",
     "Retry": "drivetrain.errors",
     "hal": "drivetrain.hal",
+    "kernel": "drivetrain.pytorch.kernel",
 }
 
-__all__ = ["Moved", "Retry", "Runtime", "TrainingJob", "device_for_this_job", "hal"]
+__all__ = ["Moved", "Retry", "Runtime", "TrainingJob", "device_for_this_job", "hal", "kernel"]
 
 if TYPE_CHECKING:
     from drivetrain import hal as hal
     from drivetrain.errors import Moved as Moved
     from drivetrain.errors import Retry as Retry
+    from drivetrain.pytorch.kernel import kernel as kernel
     from drivetrain.runtime import Runtime as Runtime
     from drivetrain.training import TrainingJob as TrainingJob
     from drivetrain.training import device_for_this_job as device_for_this_job
