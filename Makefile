@@ -41,7 +41,8 @@ test: lint
 test-vendors: setup
 	@test -d $(VENDORS)/triton || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --no-deps --target $(VENDORS) triton==3.9.0
-	@DRIVETRAIN_TEST_TRITON=$(VENDORS) $(BIN)/python -m pytest tests/hal/language/test_triton.py
+	@DRIVETRAIN_TEST_TRITON=$(VENDORS) $(BIN)/python -m pytest tests/hal/language/test_triton.py \
+	    tests/hal/drivers/test_hip_header.py
 
 soak: setup
 	@$(BIN)/python -m pytest -m soak --timeout 3600

@@ -76,6 +76,7 @@ static int fault_count;
 static struct { char name[64]; int count; } counts[160];
 static char *call_log;
 static size_t log_size, log_room;
+static int fired; /* faults */
 static int live_things; /* streams, events, modules, graphs */
 
 /* -- settings and faults --------------------------------------------------------------------------- */
@@ -137,6 +138,7 @@ int fake_live(void) {
     pthread_mutex_unlock(&lock);
     return found;
 }
+int fake_fired(void) { return fired; }
 int fake_things(void) {
     pthread_mutex_lock(&lock);
     int found = live_things;
@@ -162,6 +164,7 @@ static int enter(const char *name, Device *device) {
     }
     for (int i = 0; i < fault_count; i++)
         if (!strcmp(faults[i].name, name) && (!faults[i].nth || faults[i].nth == n)) code = faults[i].code;
+    fired += code != 0;
     if (code == HANG) {
         while (fault_count) pthread_cond_wait(&changed, &lock);
         code = 0;
@@ -235,6 +238,16 @@ static int reaches(Device *d, uint64_t ptr, uint64_t bytes, int host_too) {
 }
 static int is_here(uint64_t ptr) { Allocation *a = owner(ptr); return a && (a->kind == PINNED || a->kind == REGION); }
 
+/* The library is not used any more: its memory goes. */
+void fake_end(void) {
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < MOST_DEVICES; i++) devices[i].sticky = 1; /* what is queued is dropped */
+    while (open_count) pthread_cond_wait(&changed, &lock);
+    if (outside) munmap(outside, ARENA), munmap(inside, ARENA), close(arena_file);
+    outside = inside = NULL, arena_used = 0;
+    pthread_mutex_unlock(&lock);
+}
+
 /* -- kernels: shared objects of the cpu driver, behind which the sizes of the arguments stand ----------- */
 
 static size_t object_size(const void *image) {
@@ -248,16 +261,17 @@ static Module *load_object(Device *device, const char *image) {
     size_t size = object_size(image);
     const Elf64_Ehdr *head = (const void *)image;
     if (!size || head->e_machine != EM_X86_64 || memcmp(image + size, "DTFAKE", 6)) return NULL;
-    char path[64];
-    int file = memfd_create("kernel", MFD_CLOEXEC);
+    char path[] = "/tmp/fake-kernel-XXXXXX"; /* a name of its own: the loader goes by it */
+    int file = mkstemp(path);
+    if (file < 0) return NULL;
     for (size_t done = 0; done < size;) {
         ssize_t n = write(file, image + done, size - done);
-        if (n <= 0) { close(file); return NULL; }
+        if (n <= 0) { close(file), unlink(path); return NULL; }
         done += (size_t)n;
     }
-    snprintf(path, sizeof path, "/proc/self/fd/%d", file);
-    void *object = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     close(file);
+    void *object = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+    unlink(path);
     if (!object) return NULL;
     Module *m = calloc(1, sizeof *m);
     m->device = device, m->object = object, m->table = strdup(image + size + 6);

@@ -13,7 +13,7 @@ enum { OK = 0, INVALID = 1, OOM = 2, NOT_INITIALIZED = 3, NO_DEVICE = 100, INVAL
 
 typedef struct Node { Op *op; int index; } Node;
 typedef struct Graph { Node **nodes; int count, room; Node **from, **to; int edges, edge_room; } Graph;
-typedef struct Capture { Graph *graph; Stream *origin; int invalid; } Capture;
+typedef struct Capture { Graph *graph; int invalid, refs; } Capture;
 typedef struct Exec { int refs; Device *device; Graph *template; Op **ops; int count; } Exec;
 typedef struct Event {
     Mark *mark; int timing, destroyed; Device *device; Capture *capture; Node **deps; int count;
@@ -204,6 +204,8 @@ int hipMallocAsync(uint64_t *out, size_t bytes, Stream *s) {
     *out = take(device, bytes, POOLED);
     DONE(OK);
 }
+static void let(Capture *c) { if (c && !--c->refs) free(c); }
+static Capture *hold(Capture *c) { if (c) c->refs++; return c; }
 static int submit(Stream *s, Op op);
 int hipFreeAsync(uint64_t ptr, Stream *s) {
     CALL;
@@ -375,7 +377,7 @@ int hipStreamWaitEvent(Stream *s, Event *e, unsigned flags) {
     if (e->destroyed) DONE(BAD_HANDLE);
     if (e->capture) {
         if (s->capture && s->capture != e->capture) DONE(CAPTURE_MERGE);
-        s->capture = e->capture;
+        if (!s->capture) s->capture = hold(e->capture);
         s->deps = realloc(s->deps, (size_t)(s->count + e->count + 1) * sizeof *s->deps);
         for (int i = 0; i < e->count; i++) s->deps[s->count++] = e->deps[i];
         DONE(OK);
@@ -393,7 +395,7 @@ int hipEventCreateWithFlags(Event **out, unsigned flags) {
 }
 int hipEventDestroy(Event *e) {
     CALL;
-    unmark(e->mark), free(e->deps), free(e); /* what waits for it still does */
+    unmark(e->mark), let(e->capture), free(e->deps), free(e); /* what waits for it still does */
     live_things--;
     DONE(OK);
 }
@@ -402,12 +404,13 @@ int hipEventRecord(Event *e, Stream *s) {
     STREAM(s);
     if (e->device != device) DONE(BAD_HANDLE);
     if (s->capture) {
-        e->capture = s->capture, e->count = s->count;
+        let(e->capture);
+        e->capture = hold(s->capture), e->count = s->count;
         e->deps = realloc(e->deps, (size_t)(s->count + 1) * sizeof *e->deps);
         if (s->count) memcpy(e->deps, s->deps, (size_t)s->count * sizeof *e->deps);
         DONE(OK);
     }
-    unmark(e->mark);
+    unmark(e->mark), let(e->capture);
     e->capture = NULL, e->mark = calloc(1, sizeof *e->mark), e->mark->left = e->mark->refs = 1;
     DONE(submit(s, (Op){.what = RECORD, .mark = e->mark}));
 }
@@ -472,7 +475,7 @@ int hipStreamBeginCapture(Stream *s, int mode) {
     (void)mode;
     if (s->capture) DONE(CAPTURE_UNMATCHED);
     Capture *c = calloc(1, sizeof *c);
-    c->graph = calloc(1, sizeof *c->graph), c->origin = s;
+    c->graph = calloc(1, sizeof *c->graph), c->refs = 1;
     live_things++;
     s->capture = c, s->count = 0;
     DONE(OK);
@@ -487,7 +490,7 @@ static int behind(Graph *g, Node *node, Node **ends, int count, char *seen) {
 static void drop_graph(Graph *g) {
     for (int i = 0; i < g->count; i++) drop_op(g->nodes[i]->op), free(g->nodes[i]);
     free(g->nodes), free(g->from), free(g->to);
-    g->nodes = NULL, g->count = -1, g->edges = 0, g->from = g->to = NULL;
+    free(g);
     live_things--;
 }
 int hipStreamEndCapture(Stream *s, Graph **out) {
@@ -504,10 +507,11 @@ int hipStreamEndCapture(Stream *s, Graph **out) {
             if (!behind(c->graph, each->deps[i], s->deps, s->count, seen) && !code) code = CAPTURE_UNJOINED;
             free(seen);
         }
-        if (each != s) each->capture = NULL, each->count = 0;
+        if (each != s) each->capture = NULL, each->count = 0, let(c);
     }
     s->capture = NULL, s->count = 0;
     if (code) drop_graph(c->graph); else *out = c->graph;
+    let(c);
     DONE(code);
 }
 int hipGraphInstantiateWithFlags(Exec **out, Graph *g, unsigned long long flags) {

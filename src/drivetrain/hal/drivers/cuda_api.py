@@ -449,7 +449,8 @@ class Api:
             setattr(self, row.name, function)
             self.symbols[row.name] = row.symbol
         lacking = {name: group for name, group in missing.items() if name not in self.symbols}
-        needed = sorted(name for name, group in lacking.items() if not group)
+        called = {row.name: row.symbol for row in self.functions}
+        needed = sorted(called[name] for name, group in lacking.items() if not group)
         if needed:
             raise HalError(
                 self.too_old.format(", ".join(needed)),

@@ -107,6 +107,9 @@ def _address(function: Any) -> int:
 class CudaBackend:
     """`drivetrain.hal.driver.Backend` over ``libcuda``."""
 
+    peer_pushes = True
+    """NVLink writes faster than it reads."""
+
     def __init__(self, info: DeviceInfo, api: Api | None = None) -> None:
         api = initialised(load() if api is None else api)
         self.address = f"{NAME}:{info.index}"
@@ -291,9 +294,13 @@ class CudaBackend:
         )
 
     def module_unload(self, module: int) -> None:
-        for function in self._modules.pop(module, ()):
-            self._functions.discard(function)
-        self._context.call(self._api.cuModuleUnload, module)
+        functions = self._modules.pop(module, [])
+        try:
+            self._context.call(self._api.cuModuleUnload, module)
+        except HalError:
+            self._modules[module] = functions
+            raise
+        self._functions.difference_update(functions)
 
     def function(self, module: int, symbol: str) -> int:
         context, api = self._context, self._api
@@ -433,7 +440,8 @@ class CudaBackend:
             raise self._context.error(
                 "invalid", "copy_peer", f"{other!r} is no device of this driver"
             )
-        self._context.call(
+        pushing = stream in other._context.streams
+        (other if pushing else self)._context.call(
             self._api.cuMemcpyPeerAsync,
             dst,
             self._context.handle,

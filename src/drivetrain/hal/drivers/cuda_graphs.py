@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from drivetrain.errors import HalError
 from drivetrain.hal.drivers.cuda_api import Code, Cu
-from drivetrain.hal.drivers.cuda_context import Context
+from drivetrain.hal.drivers.cuda_context import STICKY, Context
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class Graphs:
         box = ctypes.c_void_p()
         try:
             code = context.code(api.cuStreamEndCapture, stream, ctypes.byref(box))
+            if code and not context.lost and context.capturing(stream):  # it ended nothing
+                context.code(api.cuStreamEndCapture, stream, ctypes.byref(box))
         finally:
             context.captures.discard(stream)
             if not context.lost:
@@ -92,11 +94,14 @@ class Graphs:
                     api.cuStreamEndCapture.__name__, code, what="the stream is usable again"
                 )
             raise context.error("capturing", "graph_end", "the driver made no graph of the capture")
+        handle = 0
         try:
             handle = self._instantiate(template)
             graph = Captured(template, self._kernels(template))
         except HalError:
             if not context.lost:
+                if handle:
+                    context.call(api.cuGraphExecDestroy, handle)
                 context.call(api.cuGraphDestroy, template)
             raise
         with self._lock:
@@ -130,6 +135,8 @@ class Graphs:
                 continue
             facts = api.kernel_node()
             code = context.code(api.cuGraphKernelNodeGetParams, node, ctypes.byref(facts))
+            if code == Code.ERROR_OUT_OF_MEMORY or code in STICKY:
+                raise context.failure(api.cuGraphKernelNodeGetParams.__name__, code)
             if code == Code.SUCCESS and facts.func in self._functions:
                 found.append(node)
         return tuple(found)
@@ -169,8 +176,11 @@ class Graphs:
             captured = self._graphs.pop(graph, None)
         if captured is None:
             raise self._context.error("no_such_graph", "graph_destroy", f"no graph {graph:#x}")
-        self._context.call(self._api.cuGraphExecDestroy, graph)
-        self._context.call(self._api.cuGraphDestroy, captured.template)
+        try:
+            self._context.call(self._api.cuGraphExecDestroy, graph)
+        finally:
+            if not self._context.lost:
+                self._context.call(self._api.cuGraphDestroy, captured.template)
 
     def set(
         self,

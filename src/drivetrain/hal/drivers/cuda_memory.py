@@ -7,7 +7,7 @@ import threading
 from functools import partial
 from typing import Any
 
-from drivetrain.errors import OutOfMemory, Timeout
+from drivetrain.errors import HalError, OutOfMemory, Timeout
 from drivetrain.hal.drivers.cuda_api import Cu, MemAccessDesc
 from drivetrain.hal.drivers.cuda_context import Context
 from drivetrain.hal.kinds import Kind, Way
@@ -149,11 +149,18 @@ class Memory:
             with self._lock:
                 self._after_capture.append((stream, ptr, owned))
             return
-        if owned is Kind.DEVICE and self.pool:
-            context.call(self._api.cuMemFreeAsync, ptr, stream)
-            return
-        event = self._event()
-        context.call(self._api.cuEventRecord, event, stream)
+        event = 0
+        try:
+            if owned is Kind.DEVICE and self.pool:
+                context.call(self._api.cuMemFreeAsync, ptr, stream)
+                return
+            event = self._event()
+            context.call(self._api.cuEventRecord, event, stream)
+        except HalError:  # it is not freed: `close` does it
+            self._live[ptr] = owned
+            if event:
+                self._events.append(event)
+            raise
         with self._lock:
             self._waiting.append((event, ptr, owned))
         self._collect()

@@ -83,7 +83,11 @@ class Streams:
     def stream_destroy(self, stream: int) -> None:
         self._context.check_capture(stream, "stream_destroy")
         self._context.streams.discard(stream)
-        self._context.call(self._api.cuStreamDestroy, stream)
+        try:
+            self._context.call(self._api.cuStreamDestroy, stream)
+        except HalError:
+            self._context.streams.add(stream)
+            raise
 
     def stream_done(self, stream: int) -> bool:
         self._context.check_capture(stream, "stream_done")
@@ -109,7 +113,11 @@ class Streams:
     def event_destroy(self, event: int) -> None:
         self._events.discard(event)
         self._captured.discard(event)
-        self._context.call(self._api.cuEventDestroy, event)
+        try:
+            self._context.call(self._api.cuEventDestroy, event)
+        except HalError:
+            self._events.add(event)
+            raise
 
     def event_record(self, event: int, stream: int) -> None:
         self._context.call(self._api.cuEventRecord, event, stream)

@@ -51,40 +51,47 @@ def initialised(api: HipApi) -> HipApi:
     """The API after ``hipInit``. Raises DriverMissing when it sees no device."""
     code = api.cuInit(0)
     if code:
-        api.hipGetLastError()
-        name, sentence = api.words(code)
-        absent = code in (Code.ERROR_NO_DEVICE, Hip.ErrorInvalidDevice)
-        kind = DriverMissing if absent else HalError
-        raise kind(
-            f"hipInit failed: {name} ({sentence})",
-            code="no_device" if absent else "broken",
-            driver=NAME,
-            native=code,
-            native_name=name,
-            op="hipInit",
-        )
+        raise _failed(api, "hipInit", code)
     return api
 
 
 def seen(api: HipApi) -> list[tuple[str, str]]:
-    """(uuid, PCI address) of each device that HIP shows to this process, by its number.
+    """(uuid, PCI address) of each device that HIP shows to this process, by its number; both empty
+    for one that cannot be asked. Raises HalError.
 
     A uuid is ``GPU-`` and 16 digits, as ``rocminfo`` and ``ROCR_VISIBLE_DEVICES`` have it; empty
     for cards that have none.
     """
     count = ctypes.c_int()
     code = api.cuDeviceGetCount(ctypes.byref(count))
+    if code:
+        raise _failed(api, "hipGetDeviceCount", code)
     found = []
-    for device in range(0 if code else count.value):
+    for device in range(count.value):
         raw, pci = Uuid(), ctypes.create_string_buffer(64)
-        failed = api.cuDeviceGetUuid(ctypes.byref(raw), device)
-        word = bytes(raw)[:16].rstrip(b"\0").decode(errors="replace")
-        uuid = "" if failed or not word.strip("0") else f"GPU-{word.lower()}"
-        failed = failed or api.cuDeviceGetPCIBusId(pci, len(pci), device)
-        found.append((uuid, pci.value.decode(errors="replace").lower()))
-        if failed:
+        if api.cuDeviceGetPCIBusId(pci, len(pci), device):
             api.hipGetLastError()
+        if api.cuDeviceGetUuid(ctypes.byref(raw), device):
+            api.hipGetLastError()
+        word = bytes(raw)[:16].rstrip(b"\0").decode(errors="replace")
+        uuid = f"GPU-{word.lower()}" if word.strip("0") else ""
+        found.append((uuid, pci.value.decode(errors="replace").lower()))
     return found
+
+
+def _failed(api: HipApi, op: str, code: int) -> HalError:
+    api.hipGetLastError()
+    name, sentence = api.words(code)
+    absent = code in (Code.ERROR_NO_DEVICE, Hip.ErrorInvalidDevice)
+    kind = DriverMissing if absent else HalError
+    return kind(
+        f"{op} failed: {name} ({sentence})",
+        code="no_device" if absent else "broken",
+        driver=NAME,
+        native=code,
+        native_name=name,
+        op=op,
+    )
 
 
 def device_of(api: HipApi, info: DeviceInfo) -> int:
@@ -308,9 +315,13 @@ class HipBackend:
         )
 
     def module_unload(self, module: int) -> None:
-        for function in self._modules.pop(module, ()):
-            self._functions.discard(function)
-        self._context.call(self._api.cuModuleUnload, module)
+        functions = self._modules.pop(module, [])
+        try:
+            self._context.call(self._api.cuModuleUnload, module)
+        except HalError:
+            self._modules[module] = functions
+            raise
+        self._functions.difference_update(functions)
 
     def function(self, module: int, symbol: str) -> int:
         context, api = self._context, self._api

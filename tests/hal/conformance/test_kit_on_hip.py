@@ -1,0 +1,73 @@
+"""The kit as a command on the hip driver, over a fake libamdhip64 that a variable selects."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fakes import built
+
+Kit = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def kit(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Kit:
+    """``kit("--only", ...)``: the report as JSON."""
+    (tmp_path / "drivetrain.toml").write_text('[drivers]\ndisable = ["opencl"]\n')
+    library = built("fake_hip.c", tmp_path_factory.getbasetemp())
+
+    def run(*words: str, **environment: str) -> dict[str, Any]:
+        done = subprocess.run(
+            [sys.executable, "-m", "drivetrain", "conformance", "hip", "--json", *words],
+            env={**os.environ, "DRIVETRAIN_HIP_LIBRARY": str(library), **environment},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=3000,
+            check=False,
+        )
+        assert done.stdout, done.stderr
+        report: dict[str, Any] = json.loads(done.stdout)
+        assert done.returncode == (0 if report["passed"] else 1)
+        return report
+
+    return run
+
+
+def wrong(report: dict[str, Any]) -> list[str]:
+    states = ("passed", "not declared", "not here")
+    return [f"{r['name']}: {r['reason']}" for r in report["results"] if r["state"] not in states]
+
+
+def test_the_kit_passes_on_the_fake_and_calls_it_one(kit: Kit) -> None:
+    report = kit("--only", "events", "--only", "kernels.dynamic_shared", "--only", "errors")
+    assert wrong(report) == []
+    assert report["passed"]
+    assert report["evidence"] == "fake"
+    assert report["counts"]["passed"] > 20
+
+
+def test_a_library_that_loses_copies_does_not_pass(kit: Kit) -> None:
+    """The control: the fake's third copy fails, and so does a check."""
+    report = kit("--only", "copies", FAKE_HIP_FAULT="hipMemcpyHtoDAsync:3:1")
+    assert wrong(report)
+    assert not report["passed"]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_the_whole_kit_passes_on_the_fake(kit: Kit) -> None:
+    report = kit()
+    assert wrong(report) == []
+    assert report["passed"]
+    assert report["whole"]
+    assert set(report["groups"]) == {"compute", "graphs", "managed", "peer", "pinned", "timing"}
