@@ -33,6 +33,7 @@ from drivetrain.hal.kinds import Kind, Way
 from drivetrain.hal.language import compile
 from drivetrain.hal.language.facts import Compiled
 from drivetrain.hal.language.source import Source
+from drivetrain.hal.opened import opened
 
 triton: ModuleType | None
 tl: Any
@@ -43,6 +44,7 @@ except ImportError:
     triton = tl = None
 
 MIB = 1 << 20
+ADD = 'extern "C" __global__ void add(int *out, int value) { atomicAdd(out, value); }'
 Check = Callable[["Bench"], Any]
 CHECKS: list[Check] = []
 PTX = """
@@ -698,6 +700,40 @@ def the_callers_context_is_left_as_it_was(t: Bench) -> None:
         assert now.value == mine.value
     finally:
         library.cuCtxDestroy_v2(mine)
+
+
+@check
+def a_launch_finds_its_device_whatever_context_is_current(t: Bench) -> Any:
+    """None at all, or another device's: what C queues goes to the stream's own device."""
+    devices = hal.devices("cuda")
+    library = ctypes.CDLL("libcuda.so.1")
+    contexts = []
+    for device in devices:
+        device.stream().synchronize(10)
+        contexts.append(opened(device).backend._context.handle)
+    for device in devices:
+        stream = device.stream()
+        kernel = device.compile(hal.Source.cuda(ADD)).kernel("add")
+        for context in [None, *contexts]:
+            out = device.alloc(4, stream=stream)
+            out.fill(bytes(4), stream=stream)
+            plan = kernel.plan(stream, 1, 1, out, 5)
+            with stream.capture() as graph:
+                kernel(stream, 1, 1, out, 30)
+            assert library.cuCtxSetCurrent(ctypes.c_void_p(context)) == 0
+            plan()
+            graph.launch(stream)
+            kernel(stream, 1, 1, out, 700)
+            event = stream.record()
+            now = ctypes.c_void_p()
+            assert library.cuCtxGetCurrent(ctypes.byref(now)) == 0
+            assert context in (None, now.value), "the caller's context was not left as it was"
+            event.synchronize(10)
+            got = bytearray(4)
+            out.copy_to(memoryview(got), stream=stream)
+            stream.synchronize(10)
+            assert int.from_bytes(got, "little") == 735, got
+    return f"{len(devices)} device(s)"
 
 
 @check

@@ -249,10 +249,34 @@ def test_peers_are_asked_once_and_copied_without_the_host(rig_of: Callable[[str]
     b.copy_from(a, stream=far)
     far.synchronize()
     names = rig.fake.names()
-    assert names.count("cuCtxEnablePeerAccess") == 1
+    assert names.count("cuCtxEnablePeerAccess") == 2  # read by one, written by the other
     assert names.count("cuMemcpyPeerAsync") == 2
     assert not any("toH" in name or "Hto" in name for name in names)
     assert rig.read(b, far) == b"\x0a" * (1 << 20)
+
+
+@pytest.mark.parametrize("nbytes", [1 << 12, 1 << 21])
+@pytest.mark.parametrize("side", ["near", "far"])
+def test_a_peers_copy_comes_in_the_order_of_the_callers_stream(
+    rig_of: Callable[[str], Any], nbytes: int, side: str
+) -> None:
+    """Short ones are read by the target, long ones written by the source."""
+    rig = rig_of("cuda")
+    near, far = rig.device.stream(), rig.other.stream()
+    a, b = rig.alloc(nbytes, near), rig.alloc(nbytes, far)
+    stream, held = (near, near) if side == "near" else (far, far)
+    a.fill(b"\x01", stream=near)
+    near.synchronize()
+    release = rig.hold(held)
+    if side == "near":
+        a.fill(b"\x02", stream=near)  # before the copy
+    b.copy_from(a, stream=stream)
+    if side == "far":
+        b.fill(b"\x03", stream=far)  # after the copy
+    release()
+    stream.synchronize()
+    wanted = b"\x02" if side == "near" else b"\x03"
+    assert rig.read(b, stream if side == "far" else rig.other.stream()) == wanted * nbytes
 
 
 def test_devices_that_are_no_peers_are_staged(

@@ -82,6 +82,10 @@ def _side(buffer: Buffer) -> int:
     return 0 if buffer.kind is Kind.PINNED else 1
 
 
+_PUSH_BYTES = 1 << 20
+"""From there on the faster way is worth two events more."""
+
+
 def _overlap(a: Buffer, b: Buffer) -> bool:
     return a.ptr < b.ptr + b.nbytes and b.ptr < a.ptr + b.nbytes
 
@@ -108,18 +112,25 @@ def _ordered(dst: Buffer, src: Buffer, stream: Stream) -> tuple[Stream, Stream]:
 
 
 def _peer(dst: Buffer, src: Buffer, stream: Stream) -> None:
-    into, _ = _ordered(dst, src, stream)
-    work = watch.Work("copy", "peer", dst._opened, into.handle, src.nbytes, part=True)
+    """On the caller's stream, or on one of the source where writing to a peer is the faster way."""
+    near, far = dst._opened, src._opened
+    pushes = src.nbytes >= _PUSH_BYTES and getattr(near.backend, "peer_pushes", False)
+    side = far if pushes and direct(near, far) else near
+    by = stream if stream._opened is side else side.inner_stream("copy")
+    if by is not stream:
+        by.wait(stream)
+    work = watch.Work("copy", "peer", side, by.handle, src.nbytes, part=True)
     with watch.around(work) if watch.active else watch.NOBODY:
-        dst._opened.backend.copy_peer(
-            dst.ptr, src.ptr, src.nbytes, src._opened.backend, into.handle
-        )
-    dst._note(into)
-    if into is not stream:
-        stream.wait(into)
-        src._note(stream)
-    else:
-        src._note_event(into.record())
+        near.backend.copy_peer(dst.ptr, src.ptr, src.nbytes, far.backend, by.handle)
+    if by is not stream:
+        stream.wait(by)
+    for buffer in (dst, src):
+        if buffer._opened is side:
+            buffer._note(by)
+        elif buffer._opened is stream._opened:
+            buffer._note(stream)
+        else:
+            buffer._note_event(by.record())
 
 
 def _from_host(dst: Buffer, src: Buffer, stream: Stream) -> None:

@@ -320,7 +320,9 @@ class Backend(Protocol):
         device from here on."""
 
     def copy_peer(self, dst: int, src: int, nbytes: int, other: Backend, stream: int) -> None:
-        """Queue a copy from ``other``'s memory at ``src`` to this device's at ``dst``."""
+        """Queue a copy from ``other``'s memory at ``src`` to this device's at ``dst``. The stream
+        is this device's; or, where the backend has a true ``peer_pushes`` (writing to a peer is
+        faster than reading from it), also one of ``other``'s."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ BUSY_S = 0.12
 _SCRATCH_BYTES = 16 << 20
 _MOST_SCRATCH_BYTES = 256 << 20
 _MOST_ROUNDS = 10_000
+_MANY_ROUNDS = 400
 
 
 def backend(device: Device) -> Backend:
@@ -117,14 +118,15 @@ def _work(first: Buffer, second: Buffer, rounds: int, stream: Stream) -> None:
 
 def _calibrated(device: Device) -> tuple[Buffer, Buffer, int]:
     """Two buffers, and how many rounds of work take `BUSY_S`. They are as large as it takes for the
-    work, not the queueing of it, to be most of that time: a fast device would be done at once."""
+    work, not the queueing of it, to be most of that time (a fast device would be done at once), and
+    for a few rounds to do (a queue may be short, and queueing wait for room in it)."""
     stream = device.stream()
     total = max(backend(device).memory()[1], 1 << 20)
     nbytes, most = (min(size, total // 32) for size in (_SCRATCH_BYTES, _MOST_SCRATCH_BYTES))
     while True:
         first, second = (device.alloc(nbytes, stream=stream) for _ in range(2))
         rounds, waited = _rounds(first, second, stream)
-        if waited > 0.5 or nbytes >= most:
+        if (waited > 0.5 and rounds <= _MANY_ROUNDS) or nbytes >= most:
             return first, second, rounds
         nbytes = min(most, nbytes * 4)
 
