@@ -15,6 +15,7 @@ _SCRIPT_ARGS: list[str] = []
 def _mount() -> typer.Typer:
     from drivetrain.cli import calibrate, conformance, devices, doctor, drivers, jobs, port, run
     from drivetrain.cli.exporter import exporter
+    from drivetrain.cli.optimize import optimize
 
     app = typer.Typer(
         name="drivetrain",
@@ -28,6 +29,7 @@ def _mount() -> typer.Typer:
     app.command()(devices.devices)
     app.command()(doctor.doctor)
     app.command()(calibrate.calibrate)
+    app.command()(optimize)
     app.command()(conformance.conformance)
     app.command()(exporter)
     app.add_typer(drivers.drivers_app, name="drivers")

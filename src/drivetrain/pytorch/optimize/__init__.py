@@ -61,7 +61,7 @@ def optimize(
     skip: Sequence[str] = (),
     seconds: float | None = None,
     in_place: bool = False,
-    cache: bool = True,
+    cache: bool | Literal["refresh"] = True,
     home: Path | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Optimized:
@@ -82,7 +82,7 @@ def optimize(
     (``compile-*``). ``seconds`` bounds the search; it is asked before each step. The model and
     optimizer that you pass stay as they are, and the result shares no memory with them, unless
     ``in_place``: then the plan found is applied to them. A plan that was found is kept for this
-    structure, torch and device (``cache``).
+    structure, torch and device; ``cache`` False neither reads nor keeps it, ``refresh`` only keeps.
 
     Raises BadInput for arguments that cannot be meant and for a model that does not run.
     """
@@ -100,7 +100,7 @@ def optimize(
         onto = (model, optimizer) if in_place else None
         offered = tuple(step for step in offered if step.name not in skipped)
         key = caching.key_of(subject, model, offered, objective, tolerance)
-        if cache:
+        if cache is True:
             known = caching.load(key, home=home)
             found = known and _rebuilt(subject, known, offered, tolerance, onto, started)
             if found:
