@@ -40,6 +40,21 @@ static inline int watching(int level) {
     return __builtin_expect(atomic_load_explicit(&watched, memory_order_relaxed) >= level, 0);
 }
 
+/* Whether this is the only Python thread: then there is nobody to let go of the GIL for while the
+ * driver queues something, which takes as long as a twentieth of a launch. */
+static inline int alone(void) {
+#ifdef Py_GIL_DISABLED
+    return 0;
+#else
+    PyThreadState *first = PyInterpreterState_ThreadHead(PyInterpreterState_Get());
+    return first && !PyThreadState_Next(first);
+#endif
+}
+
+/* Around a call that may wait for room in a full queue. */
+#define BEGIN_QUEUEING { PyThreadState *saved = alone() ? NULL : PyEval_SaveThread();
+#define END_QUEUEING if (saved) PyEval_RestoreThread(saved); }
+
 /* -- FreeLists -------------------------------------------------------------------------------- */
 
 typedef struct {
@@ -280,9 +295,9 @@ static PyObject *stream_new_record(StreamCore *self, PyObject *unused) {
             made = (EventCore *)event_class->tp_alloc(event_class, 0);
         int code = 1;
         if (made) {
-            Py_BEGIN_ALLOW_THREADS /* a full queue is waited for */
+            BEGIN_QUEUEING
             code = dt_record(&self->calls, (void *)(uintptr_t)handle, (void *)(uintptr_t)stream);
-            Py_END_ALLOW_THREADS
+            END_QUEUEING
         }
         if (!code) {
             made->handle = handle;
@@ -676,10 +691,10 @@ static int queue(KernelCore *kernel, const uint32_t grid[3], const uint32_t bloc
         Py_END_CRITICAL_SECTION();
         return code;
     }
-    Py_BEGIN_ALLOW_THREADS
+    BEGIN_QUEUEING
     code = dt_launch(calls, kernel->function, grid, block, shared, handle, arguments, kernel->sizes,
                      kernel->count);
-    Py_END_ALLOW_THREADS
+    END_QUEUEING
     return code;
 }
 
@@ -1056,9 +1071,9 @@ static PyObject *graph_launch(GraphCore *self, PyObject *object) {
         }
         Py_END_CRITICAL_SECTION();
         if (graph) {
-            Py_BEGIN_ALLOW_THREADS
+            BEGIN_QUEUEING
             done = !dt_graph_launch(&calls, graph, (void *)(uintptr_t)handle);
-            Py_END_ALLOW_THREADS
+            END_QUEUEING
         }
         Py_DECREF(self);
         if (done) Py_RETURN_NONE;
