@@ -22,13 +22,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.common import Gate, Report  # noqa: E402
+from benchmarks.common import Gate, Report, spread  # noqa: E402
 
 STATE_GIB = 10.0
 STEP_S = 0.05
 PEER_MS = 250.0
 STAGED_MS = 500.0
-STAGED_GBPS = 0.9 * 54.0
+STAGED_SHARE, LINK_GBPS = 0.9, 54.0
+"""Of the link: what pinned memory reaches in this run, and no more than was seen at the best."""
+LINK_BYTES = 1 << 30
 HAL = (
     ("hal_launch", "cuda"),
     ("hal_launch", "opencl"),
@@ -105,8 +107,28 @@ def _small(runtime: Any, gpus: list[str]) -> None:
         print(f"  replicas: {json.dumps(replica)}", flush=True)
 
 
+def _link(address: str) -> dict[str, list[float]]:
+    """GB/s of copies between a GPU and pinned memory, both ways, nine rounds of each."""
+    from drivetrain import hal
+
+    device = hal.device(address)
+    found: dict[str, list[float]] = {"from": [], "to": []}
+    with device.stream() as stream:
+        on = device.alloc(LINK_BYTES, stream=stream)
+        off = device.alloc(LINK_BYTES, stream=stream, kind=hal.MemoryKind.PINNED)
+        for _ in range(10):
+            for way, into, out_of in (("from", off, on), ("to", on, off)):
+                stream.synchronize()
+                began = time.perf_counter()
+                into.copy_from(out_of, stream=stream)
+                stream.synchronize()
+                found[way].append(LINK_BYTES / (time.perf_counter() - began) / 1e9)
+    return {way: rates[1:] for way, rates in found.items()}
+
+
 def _large(runtime: Any, gpus: list[str], report: Report, rounds: int) -> None:
     """10 GiB: GPU to GPU by peer copy, and through the host to the CPU and back."""
+    link = _link(gpus[0])
     script = ROOT / "benchmarks/state_job.py"
     job = runtime.submit(script, [str(STATE_GIB), str(STEP_S)], on=gpus[0], replicas=False)
     _until(job, 20)
@@ -142,7 +164,17 @@ def _large(runtime: Any, gpus: list[str], report: Report, rounds: int) -> None:
                 )
             )
             if kind == "staged":
-                gate = Gate(f"GB/s short of 90% of 54, {key}", STAGED_GBPS - rate, 0.0, "GB/s")
+                way = link["from" if key.startswith(gpus[0]) else "to"]
+                best = min(LINK_GBPS, statistics.median(way))
+                gate = Gate(
+                    f"10 GiB {key}: the link's rate over the move's",
+                    best / rate,
+                    1 / STAGED_SHARE,
+                    "x",
+                    spread(rates[key]),
+                    1 / STAGED_SHARE - 1,
+                    f"the link {best:.1f} GB/s",
+                )
                 report.add(gate)
     job.stop()
 
@@ -162,7 +194,7 @@ def _hal() -> None:
 
 def main() -> int:
     report = Report("gpu")
-    rounds = 3 if "--quick" not in sys.argv else 1
+    rounds = 4 if "--quick" not in sys.argv else 1
     with tempfile.TemporaryDirectory(dir=os.environ.get("DRIVETRAIN_GPU_TMP")) as home:
         os.environ["DRIVETRAIN_HOME"] = home
         from drivetrain import hal
