@@ -14,7 +14,8 @@ from drivetrain.hal.device import Device
 from drivetrain.hal.probe import probe, verdicts
 from drivetrain.migration.prediction import Past
 from drivetrain.placement import calibration
-from drivetrain.placement.policy import HEADROOM, Candidate, Workload, place
+from drivetrain.placement.policy import HEADROOM, Candidate, Placement, Workload, place
+from drivetrain.runtime import vendor
 from drivetrain.runtime.process import Worker
 from drivetrain.runtime.status import StatusPage
 from drivetrain.store.database import Database, Lease
@@ -79,15 +80,19 @@ class Placer:
         self._spec = spec
         self._key = script_key(str(spec["script"]))
         self._state_bytes = database.peak_bytes(self._key + ":state") or 0
+        self._named = vendor.named_device(str(spec["script"]))
 
     # -- choosing -------------------------------------------------------------------------
 
-    def _workload(self, on: str, exclude: Sequence[str]) -> Workload:
+    def _workload(
+        self, on: str, exclude: Sequence[str], features: tuple[str, ...] = ()
+    ) -> Workload:
         copies = 2 if self._spec.get("replicas", True) else 0
         return Workload(
             script_key=self._key,
             memory_bytes=self._spec.get("memory"),
             host_bytes=copies * self._state_bytes + (RING_BYTES if self._state_bytes else 0),
+            features=features,
             prefer=tuple(self._spec.get("prefer", ())),
             on=on,
             strict=bool(self._spec.get("strict")),
@@ -175,10 +180,24 @@ class Placer:
             raise BadInput(
                 f"{wanted} is another route to a listed device: use that device's address"
             )
-        decision = place(self._workload(wanted, exclude), [candidate for candidate, _ in pairs])
+        decision = self._place(wanted, exclude, [candidate for candidate, _ in pairs])
         facts = decision.to_json()
         facts["device"] = decision.address
-        return facts, listed[decision.address]
+        device = listed[decision.address]
+        if self._named is not None and not _is_named(self._named.device_type, device):
+            there = device.isolation().torch_device
+            warning = vendor.warning(self._named, device.address, there)
+            facts["warnings"] = [*facts.get("warnings", ()), warning]
+        return facts, device
+
+    def _place(self, on: str, exclude: Sequence[str], candidates: list[Candidate]) -> Placement:
+        """A device of the kind that the script names, where one fits and nobody prefers others;
+        else any that does."""
+        if self._named is not None and on == "auto" and not self._spec.get("prefer"):
+            features = (vendor.FEATURE + self._named.device_type,)
+            with contextlib.suppress(PlacementError):
+                return place(self._workload(on, exclude, features), candidates)
+        return place(self._workload(on, exclude), candidates)
 
     def ranked(self, *, exclude: Sequence[str] = ()) -> list[Device]:
         """Every device that could take the job now, best first."""
@@ -189,7 +208,7 @@ class Placer:
         taken = list(exclude)
         while remaining:
             try:
-                decision = place(self._workload("auto", taken), remaining)
+                decision = self._place("auto", taken, remaining)
             except PlacementError:
                 break
             found.append(listed[decision.address])
@@ -290,10 +309,15 @@ def _resident(pid: int) -> int:
         return 0
 
 
+def _is_named(kind: str, device: Device) -> bool:
+    """Whether torch's devices of a kind are what a worker on ``device`` has."""
+    return device.isolation().torch_device.partition(":")[0] == kind
+
+
 def _features(device: Device) -> set[str]:
     """A device's capabilities in the policy's words."""
     told = device.capabilities
-    found = {"compile"}
+    found = {"compile", vendor.FEATURE + device.isolation().torch_device.partition(":")[0]}
     if device.driver == "cuda":
         major = int((told.compute or "0").split(".")[0] or 0)
         found |= {"f16", "graphs"} | ({"triton", "matrix"} if major >= 7 else set())

@@ -21,6 +21,7 @@ from drivetrain.errors import DeviceLost, Moved
 from drivetrain.runtime.agent import Agent
 from drivetrain.runtime.audit import watch_entropy, watch_files
 from drivetrain.runtime.channel import Channel, ChannelClosed, ProtocolError
+from drivetrain.runtime.vendor import keep_devices
 from drivetrain.store.crash import crash_point
 
 _HARD_EXIT_S = 5.0
@@ -135,6 +136,7 @@ def main() -> None:
     watch_files(agent)
     if agent.options.get("watch"):
         watch_entropy(agent)
+    keep_devices(agent.notice)
     agent.event("hello", pid=os.getpid(), python=sys.version.split()[0])
     crash_point("worker.hello")
     seed_everything(agent.seed)
