@@ -14,7 +14,7 @@ import torch
 from drivetrain import hal
 from drivetrain.errors import BadInput, DrivetrainError
 
-__all__ = ["Facts", "facts_of", "synchronize", "torch_device"]
+__all__ = ["Facts", "facts_of", "lost", "synchronize", "torch_device"]
 
 _IN_TREE = {"cuda": "cuda", "hip": "cuda", "sycl": "xpu", "level_zero": "xpu"}
 
@@ -85,6 +85,16 @@ def synchronize(device: torch.device) -> None:
     wait = getattr(getattr(torch, device.type, None), "synchronize", None)
     if wait is not None:
         wait(device.index or 0)
+
+
+def lost(device: torch.device) -> str:
+    """Why the device can no longer be used by this process; empty while it can."""
+    try:
+        synchronize(device)
+        torch.empty(1, device=device).fill_(1.0).item()
+    except RuntimeError as error:
+        return _first(error)
+    return ""
 
 
 def facts_of(device: torch.device) -> Facts:

@@ -81,7 +81,10 @@ def kept(device: torch.device) -> Iterator[None]:
             each()
         torch.set_rng_state(generator)
         if on_device is not None:
-            torch.cuda.set_rng_state(on_device, device)
+            try:
+                torch.cuda.set_rng_state(on_device, device)
+            except RuntimeError:
+                pass  # the device is lost, which is on its way out as an exception already
 
 
 @contextmanager

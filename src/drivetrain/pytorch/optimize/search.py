@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from drivetrain.errors import DeviceLost
+from drivetrain.pytorch.optimize.capabilities import lost
 from drivetrain.pytorch.optimize.measuring import Call, Comparison, compare, memory
 from drivetrain.pytorch.optimize.report import Trial
 from drivetrain.pytorch.optimize.steps import GROUPS, Step
@@ -33,6 +35,7 @@ FIRST_COMPILATION_S = 5.0
 """What the first one is thought to take, where seconds are counted."""
 GAIN = 1.01
 """A step is kept when it makes a call this many times faster (or smaller), or more."""
+GRAPHED = ("cuda-graph", "compile-reduce-overhead", "compile-max-autotune")
 MARGIN = 1.25
 """Inputs that were not seen may come out a little worse than those that were."""
 WORTH = 0.6
@@ -142,6 +145,8 @@ class Search:
         return self._confirmed()
 
     def _gate(self, step: Step) -> str:
+        if self.objective == "memory" and step.name in GRAPHED:
+            return "a captured graph holds the memory of its calls for good"
         try:
             return step.gate(self.subject)
         except Exception as error:  # a gate of somebody's own step
@@ -223,6 +228,16 @@ class Search:
         except Exception as error:  # whatever a compiler, a library or somebody's step raises
             spent = time.monotonic() - began
             self.trials.append(Trial(step.name, "failed", told(error), on, spent_s=spent))
+            reason = lost(self.subject.device)
+            if reason:
+                raise DeviceLost(
+                    f"the step {step.name} on top of {' + '.join(on) or 'nothing'} left "
+                    f"{self.subject.device} unusable for this process: {reason}. Start another one "
+                    f"and leave the step out: skip=[{step.name!r}]",
+                    code="device_lost",
+                    op=step.name,
+                    device=str(self.subject.device),
+                ) from error
             return None
         finally:
             spent = time.monotonic() - began
@@ -270,7 +285,8 @@ class Search:
         self._size(candidate)
 
     def _size(self, candidate: Candidate) -> None:
-        if self.objective == "memory" or self.subject.device.type == "cuda":
+        graphs = any(step.name in GRAPHED for step in candidate.plan)
+        if self.objective == "memory" or (self.subject.device.type == "cuda" and not graphs):
             device = self.subject.device
             candidate.nbytes = memory(candidate.call, [candidate.model], device)
         candidate.restore()

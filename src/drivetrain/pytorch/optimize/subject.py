@@ -24,6 +24,8 @@ from drivetrain.pytorch.place import place, place_batch
 
 __all__ = ["Arguments", "Subject"]
 
+NOISE = 1e-4
+"""Two runs of one model may differ by this: sums on a GPU are added in no fixed order."""
 GRADIENTS = 10.0
 """Gradients may be this many times the tolerance away: rounding adds up over the layers."""
 
@@ -80,9 +82,10 @@ class Subject:
         self.facts = facts
         self.device = facts.device
         self.training = model.training
-        self._original, self._optimizer = model, optimizer
+        self._source = model, optimizer
         self.loss = loss or _mean_square
         self.model, self.optimizer = self.copy()
+        self._source = self.model, self.optimizer  # copied on the device from here on
         floating = {t.dtype for t in _tensors(self.model) if t.is_floating_point()}
         self.float32 = floating <= {torch.float32}
         self.output_dtype = torch.float32 if self.float32 else None
@@ -99,7 +102,7 @@ class Subject:
     def copy(self) -> tuple[nn.Module, Optimizer | None]:
         """A copy of the model on the device, and of the optimizer that steps it."""
         try:
-            model, optimizer = copy.deepcopy((self._original, self._optimizer))
+            model, optimizer = copy.deepcopy(self._source)
         except Exception as error:
             raise BadInput(
                 f"the model cannot be copied ({type(error).__name__}: {error}); optimise it before "
@@ -176,10 +179,10 @@ class Subject:
             self.stochastic = False
             if self.training:
                 first, second = (self._answer(reference, down[0], seed) for seed in (0, 1))
-                self.stochastic = _distance(first, second) > 0
+                self.stochastic = _distance(first, second) > NOISE
             if self.stochastic:
                 first, second = (self._quiet_answer(reference, down[0], s) for s in (0, 1))
-                if _distance(first, second) > 0:
+                if _distance(first, second) > NOISE:
                     raise BadInput(
                         "the model draws random numbers outside dropout layers while it trains, so "
                         "nothing can be compared; optimise it in eval mode, or without them"
