@@ -36,4 +36,6 @@ def test_the_example_runs_alone_and_leaves_no_file(script: Path, tmp_path: Path)
 
 def test_the_examples_are_short():
     for path in EXAMPLES.rglob("*.py"):
+        if "driver_template" in path.parts:
+            continue  # a package to begin with, not a script to read
         assert len(path.read_text().splitlines()) < 60, path

@@ -146,6 +146,133 @@ int dt_cpu_function_arguments(dt_cpu_function *function, const int32_t *sizes, s
 int dt_cpu_launch(void *function, const uint32_t grid[3], const uint32_t block[3], uint32_t shared,
                   void *stream, void **arguments);
 
+/* -- a driver that is one shared library ------------------------------------------------------
+ *
+ * It exports `const dt_driver_v1 *drivetrain_driver_v1(void)`. The table is the driver interface of
+ * `drivetrain.hal.driver` with C types; the rules there hold here too. Any thread may call any
+ * function. Each returns a dt_status; when that is neither DT_OK nor DT_LATE, `failure` tells more
+ * to the thread that made the call. Strings end with a zero byte and are UTF-8.
+ *
+ * Sizes: a table or struct begins with its size in bytes as its writer knows it. New members are
+ * added at the end only; who finds a smaller size takes the missing members for zero, and writes no
+ * member that the size leaves out. A member that is NULL is a call that the driver does not have:
+ * right for those of a group that `groups` does not name.
+ */
+typedef enum {
+    DT_OK = 0,
+    DT_LATE = 1,          /* not done yet, or the time limit passed; the work goes on */
+    DT_FAILED = 2,
+    DT_OUT_OF_MEMORY = 3,
+    DT_INVALID = 4,       /* an argument cannot be meant */
+    DT_UNSUPPORTED = 5,
+    DT_LOST = 6,          /* the device is gone for this process */
+    DT_MISSING = 7,       /* what the driver needs is not installed: it is absent */
+    DT_REJECTED = 8,      /* module_load: the code is not taken; the log is the failure's text */
+    DT_NO_SUCH_KERNEL = 9,
+} dt_status;
+
+typedef struct {
+    uint32_t size;
+    int32_t native;       /* the vendor's code, 0 for none */
+    char native_name[60]; /* and its name */
+    char text[512];       /* what happened; for people */
+    uint64_t requested, free, total; /* bytes, of DT_OUT_OF_MEMORY; 0: not known */
+} dt_failure;
+
+/* One device, as discovery tells it. Empty strings and zeros: not told. */
+typedef struct {
+    uint32_t size;
+    uint32_t index;
+    uint64_t memory_bytes;
+    char name[128];
+    char vendor[32];
+    char uuid[64];           /* unique on the machine, the same after a reboot */
+    char pci[24];            /* 00000000:18:00.0 */
+    char driver_version[64];
+    char compute[32];        /* the vendor's word for the instruction set */
+    char memory_domain[64];  /* devices of one domain share one memory; "host" is the host's */
+    char visible[128];       /* NAME=value: the environment in which a process sees it alone */
+    char torch_device[32];   /* its name in that process's torch; empty: torch has none */
+    char features[128];      /* words with a space between */
+} dt_device_facts;
+
+/* Sensors. NaN, and -1 in counts of bytes and errors: there is none. */
+typedef struct {
+    uint32_t size;
+    uint32_t reserved;
+    double utilisation; /* 0 to 1 */
+    int64_t memory_used_bytes, memory_total_bytes;
+    double power_w, power_limit_w, temperature_c, memory_temperature_c, clock_mhz, memory_clock_mhz;
+    int64_t ecc_corrected, ecc_uncorrected;
+    char throttle[128]; /* words with a space between */
+    char health[128];   /* ok, or "degraded: why", "lost: why", "unknown: why" */
+} dt_readings;
+
+typedef struct {
+    uint32_t size;
+    uint32_t alignment;      /* of addresses from alloc: a power of two, at least 16 */
+    uint32_t grid[3];        /* most blocks in x, y, z */
+    uint32_t block[3];       /* most threads of a block in x, y, z */
+    uint32_t threads;        /* and in all */
+    uint32_t shared_bytes;   /* most shared memory of a block */
+    char target_kind[16];    /* cuda, hip, opencl or cpu: which compiler makes its kernels */
+    char target_arch[64];
+    char target_features[128];
+} dt_device_limits;
+
+typedef struct {
+    uint32_t size;
+    uint32_t version;    /* 1 */
+    const char *name;    /* the driver's: small letters, as in its entry point */
+    const char *vendor;
+    const char *groups;  /* optional groups that it has, with a space between: compute timing ... */
+    const char *install; /* what to install when it is absent */
+
+    int (*failure)(dt_failure *failure); /* of this thread's last call that failed */
+
+    /* Without a context. discover: at most *count devices into `facts`, each with its size set;
+     * *count becomes how many there are. */
+    int (*discover)(dt_device_facts *facts, uint32_t *count);
+    int (*telemetry)(uint32_t index, dt_readings *readings);
+
+    int (*open)(uint32_t index, void **device);
+    int (*close)(void *device);
+    int (*limits)(void *device, dt_device_limits *limits);
+    int (*memory)(void *device, uint64_t *free_bytes, uint64_t *total_bytes);
+    int (*synchronize)(void *device, int64_t limit_ns); /* DT_LATE at the limit */
+
+    /* kind: 0 device, 1 pinned, 2 managed. way: 0 host to host, 1 host to device, 2 device to
+     * host, 3 device to device. host_free: the host memory it reads may be reused on return. */
+    int (*alloc)(void *device, uint64_t nbytes, uint32_t kind, void *stream, uint64_t *address);
+    int (*free)(void *device, uint64_t address, uint32_t kind, void *stream);
+    int (*copy)(void *device, uint64_t dst, uint64_t src, uint64_t nbytes, uint32_t way,
+                void *stream, int host_free);
+    int (*fill)(void *device, uint64_t address, const void *pattern, uint32_t width,
+                uint64_t count, void *stream);
+
+    int (*stream_create)(void *device, int32_t priority, void **stream);
+    int (*stream_destroy)(void *stream);
+    int (*stream_done)(void *stream); /* DT_LATE: not yet */
+    int (*stream_synchronize)(void *stream, int64_t limit_ns);
+    int (*stream_wait)(void *stream, void *event);
+    int (*event_create)(void *device, int timing, void **event);
+    int (*event_destroy)(void *event);
+    int (*event_record)(void *event, void *stream);
+    int (*event_done)(void *event); /* DT_LATE: not yet */
+    int (*event_synchronize)(void *event, int64_t limit_ns);
+
+    int (*event_seconds)(void *start, void *end, double *seconds); /* group timing */
+
+    /* group compute; see dt_plain_launch: a launch is called from C, without Python */
+    int (*module_load)(void *device, const void *code, uint64_t nbytes, const char *form,
+                       void **module);
+    int (*module_unload)(void *module);
+    int (*function_find)(void *module, const char *symbol, void **function);
+    int (*function_arguments)(void *function, const int32_t *sizes, uint32_t count);
+    int (*launch)(void *function, const uint32_t grid[3], const uint32_t block[3],
+                  uint32_t shared, void *stream, void **arguments);
+} dt_driver_v1;
+
 #ifdef __cplusplus
 }
 #endif
