@@ -150,6 +150,18 @@ SIMULATED = """
     manager = HardwarePluginManager()
     manager.register_plugin(Rack())
     assert {chip.address for chip in chips} <= set(manager.discover_capabilities())
+
+    # The layer makes a HAL device a torch device, and from then on it is named as one.
+    import warnings
+    import torch
+    warnings.simplefilter("ignore")
+    layer = HardwareAbstractionLayer("cpu")
+    layer.devices = tuple(spec_of(chip) for chip in chips[:1])
+    name = layer.register_device_backend()
+    assert torch.device(name).type != "cpu" and spec_of(chips[0]).torch_device == name
+    assert spec_of(chips[1]).torch_device == ""
+    x = torch.ones(3, device=name)
+    assert (x + x).cpu().tolist() == [2.0] * 3
     print("held")
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -154,16 +155,31 @@ def capabilities_of(device: Device) -> HardwareCapabilities:
 
 
 def spec_of(device: Device) -> DeviceSpec:
-    name = _TORCH_NAMES.get(device.driver, "")
-    torch_device = "cpu" if device.driver == "cpu" else f"{name}:{device.index}" if name else ""
+    """A device of Drivetrain as the guide hands it out."""
     return DeviceSpec(
         device.index,
         vendor_of(device),
         capabilities_of(device),
         device.address,
-        torch_device,
+        _torch_name(device),
         device,
     )
+
+
+def _torch_name(device: Device) -> str:
+    if device.driver == "cpu":
+        return "cpu"
+    if device.driver in _TORCH_NAMES:
+        return f"{_TORCH_NAMES[device.driver]}:{device.index}"
+    # A custom device can be registered only where that module was imported.
+    custom: Any = sys.modules.get("drivetrain.pytorch.custom.registration")
+    handle = custom.registered() if custom is not None else None
+    index = 0
+    for backend in handle.backends if handle is not None else ():
+        if device in getattr(backend, "devices", ()):
+            return f"{handle.name}:{index + backend.devices.index(device)}"
+        index += backend.device_count()
+    return ""
 
 
 def devices(

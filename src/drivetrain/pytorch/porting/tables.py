@@ -80,7 +80,10 @@ CAPABILITY = (
 _SDPA = "torch.nn.functional.scaled_dot_product_attention, which has a kernel on each device"
 _AO = "torchao"
 _TELEMETRY = "drivetrain.hal.device(address).telemetry(), which knows every vendor"
-KERNELS = "drivetrain.hal.Source.cuda(text): one CUDA C source for NVIDIA, OpenCL and processors"
+KERNELS = (
+    "@drivetrain.kernel, an op with an implementation for each kind of device; or "
+    "drivetrain.hal.Source.cuda(text), one CUDA C source for all of them"
+)
 _NATIVE = "torch's own device, torch.xpu; Intel Extension for PyTorch is discontinued"
 
 IMPORTS: Mapping[str, tuple[str, str]] = {
