@@ -1,5 +1,6 @@
 # make demo    train, move between devices, kill, compare; writes demo-report.json and .html
 # make test    lint, types, room order and all quick tests
+# make judge-torch    torch's own suites of operations, modules and optimizers on a custom device
 # make soak    each long proof in full
 # make test-vendors   what needs a heavy package: Triton's compilers for NVIDIA and AMD (1 GB on disk)
 # make bench   times and ratios; ends 1 on a miss
@@ -9,7 +10,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-vendors soak bench gpu-check lint audit lock clean
+.PHONY: help setup demo test test-vendors judge-torch soak bench gpu-check lint audit lock clean
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -43,6 +44,9 @@ test-vendors: setup
 	    --no-deps --target $(VENDORS) triton==3.9.0
 	@DRIVETRAIN_TEST_TRITON=$(VENDORS) $(BIN)/python -m pytest tests/hal/language/test_triton.py \
 	    tests/hal/drivers/test_hip_header.py
+
+judge-torch: setup
+	@$(BIN)/python tools/judge_torch.py
 
 soak: setup
 	@$(BIN)/python -m pytest -m soak --timeout 3600

@@ -83,4 +83,16 @@ class OpaqueChip(VisibleChip):
         raise AssertionError(f"{nbytes} bytes at {address:#x} are in no allocation")
 
 
-CHIPS = {"shared": SharedChip, "visible": VisibleChip, "opaque": OpaqueChip}
+class WrongChip(SharedChip):
+    """It adds wrongly."""
+
+    def kernels(self) -> dict[str, Any]:
+        def add(a: Any, b: Any, *, alpha: float = 1) -> Any:
+            if not (hasattr(a, "shape") and a.dim() and a.is_floating_point()):
+                return NotImplemented
+            return a.sub(b, alpha=-alpha).mul(1.01)
+
+        return {"aten::add.Tensor": add}
+
+
+CHIPS = {"shared": SharedChip, "visible": VisibleChip, "opaque": OpaqueChip, "wrong": WrongChip}

@@ -39,7 +39,8 @@ assert held.data_ptr() == address and held.tolist() == [4, 4, 4]
 held.resize_(5)
 assert held[:3].tolist() == [4, 4, 4]
 i = torch.tensor([0, 2], device=D)
-assert torch.equal(x[i].cpu(), x.cpu()[[0, 2]]) and torch.equal(x[x > 5].cpu(), x.cpu()[x.cpu() > 5])
+assert torch.equal(x[i].cpu(), x.cpu()[[0, 2]])
+assert torch.equal(x[x > 5].cpu(), x.cpu()[x.cpu() > 5])
 for name in "float64 float16 bfloat16 int8 uint8 int16 int64 bool complex64".split():
     t = torch.ones(3, dtype=getattr(torch, name), device=D)
     assert torch.equal((t + t).cpu(), t.cpu() + t.cpu()), name

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from drivetrain.errors import BadInput
-from drivetrain.pytorch.custom import recurrent
+from drivetrain.pytorch.custom import attention, recurrent
 from drivetrain.pytorch.custom.copying import copier
 from drivetrain.pytorch.custom.fallback import boxed, kernel_on_cpu, run_on_cpu, view_of
 from drivetrain.pytorch.custom.memory import CPU_KEYS, contiguous_strides, set_to
@@ -83,6 +83,11 @@ class Registrar:
         self.unless_taken(
             "convolution_backward_overrideable", partial(_convolution_backward, self.runtime)
         )
+        in_parts = "aten::bmm" in self.taken
+        for name, function in attention.kernels(self.runtime, in_parts).items():
+            self.unless_taken(name, function)
+            if name == attention.WHOLE:  # torch takes it apart above autograd
+                self.put(name, function, f"Autograd{KEY}")
         self.on_cpu()
         last = Library("_", "IMPL")
         last.fallback(boxed(self.runtime), KEY)

@@ -1,0 +1,41 @@
+"""A small fixed part of what `make judge-torch` runs, and that it notices what is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+ROOT = Path(__file__).parents[3]
+SAMPLE = (
+    "op_db float32 forward/add,op_db float32 backward/mul,op_db float32 backward/cumsum,"
+    "op_db float32 forward/copysign,op_db int64 forward/bitwise_and,op_db bool forward/any,"
+    "op_db bfloat16 forward/sum,module_db/nn_LayerNorm,module_db/nn_LSTMCell,optim_db/Adam,"
+    "op_db float32 forward/to_sparse"
+)
+
+
+def judge(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tools/judge_torch.py"), *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=110,
+    )
+
+
+def test_a_sample_of_torchs_own_suites_passes_on_the_device() -> None:
+    done = judge("--memory", "shared", "--only", SAMPLE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "shared optim_db 1/1 100.00%" in done.stdout.splitlines()[-1]
+    assert "op_db float32 forward 2/3" in done.stdout.splitlines()[-1]  # to_sparse counts as failed
+
+
+def test_the_judge_notices_a_kernel_that_is_wrong() -> None:
+    done = judge("--memory", "wrong", "--only", "op_db float32 forward/add,optim_db/Adam")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "FAILED op_db float32 forward/add" in done.stdout
