@@ -40,6 +40,14 @@ TIES = {
     "x = 'cuda:{}'.format(rank)": "device fails",
     "x = 'cuda:%d' % rank": "device fails",
     "torch.zeros(3, device='mps')": "device fails",
+    "c = torch.autocast('cuda')": "device differs",
+    "c = torch.autocast(device_type='cuda', dtype=torch.bfloat16)": "device differs",
+    "s = torch.amp.GradScaler('cuda')": "device differs",
+    "print(model.cuda())": "device-method fails",
+    "pair = [x.cuda(), y]": "device-method fails",
+    "assert torch.cuda.is_available(), 'a GPU, please'": "device-test fails",
+    "if not torch.cuda.is_available(): raise SystemExit(1)": "device-test fails",
+    "import sys\nif not torch.cuda.is_available():\n    sys.exit('no')": "device-test fails",
     "x.to('npu')": "device fails",
     "def f(device='cuda'): pass": "device fails",
     "p.add_argument('--device', default='cuda', choices=['cuda', 'cpu'])": "device fails",
@@ -101,6 +109,7 @@ PORTABLE = [
     "torch.set_float32_matmul_precision('high')",
     "p.add_argument('--device', choices=['cpu', 'cuda'])",
     "print('cuda')",
+    "print(f'cuda:{n}')",
     "parts = ['knee', 'hip', 'elbow']",
     "joint = 'hip'",
     "table = {'cuda': 1, 'cpu': 2}",
@@ -118,7 +127,8 @@ PORTABLE = [
 @pytest.mark.parametrize("text", TIES)
 def test_a_tie_is_named_with_its_line_and_a_portable_form(text: str) -> None:
     code, effect = TIES[text].split()
-    assert (1, code, effect) in said(text)
+    line = 1 + text.count("\n") // 2
+    assert (line, code, effect) in said(text)
     for finding in found(text):
         assert finding.portable
         assert finding.vendor

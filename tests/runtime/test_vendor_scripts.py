@@ -59,7 +59,7 @@ def test_a_script_that_asks_for_cuda_gives_as_a_job_what_it_gives_alone(home: Ho
     assert "the script sets CUDA_VISIBLE_DEVICES; a job keeps the device" in hosted.err
     assert "the script deletes ROCR_VISIBLE_DEVICES" in hosted.err
     assert "sets NCCL_DEBUG" not in hosted.err
-    assert "will fail" not in hosted.err
+    assert "fails when" not in hosted.err
 
 
 def test_a_script_that_does_not_ask_is_told_so_before_it_fails(home: Home) -> None:
@@ -132,7 +132,7 @@ def test_a_script_goes_to_the_kind_of_device_that_it_names(
     assert device.address == placement["device"] == address
     unasked = "is_available" not in text and "torch.ones" in text
     fails = unasked and address != "cuda:0"
-    assert any("will fail" in warning for warning in placement["warnings"]) == fails
+    assert any("fails when" in warning for warning in placement["warnings"]) == fails
     if not more:
         assert ranked[0] == address
         assert sorted(ranked) == ["cpu:0", "cuda:0"]

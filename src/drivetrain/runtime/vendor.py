@@ -42,8 +42,8 @@ def warning(finding: Finding, address: str, torch_device: str) -> str:
     """What is said when a script gets a device of another kind than it names."""
     return (
         f"line {finding.line} of {finding.path} says {finding.text}, which is {finding.vendor}; on "
-        f"{address} torch has {torch_device}, so that line will fail. `drivetrain port` names the "
-        "portable form of each such line"
+        f"{address} torch has {torch_device}, and that line fails when it is reached. `drivetrain "
+        "port` names the portable form of each such line"
     )
 
 

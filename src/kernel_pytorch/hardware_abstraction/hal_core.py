@@ -173,9 +173,11 @@ def _torch_name(device: Device) -> str:
         return f"{_TORCH_NAMES[device.driver]}:{device.index}"
     # A custom device can be registered only where that module was imported.
     custom: Any = sys.modules.get("drivetrain.pytorch.custom.registration")
-    handle = custom.registered() if custom is not None else None
+    handle: Any = custom.registered() if custom is not None else None
+    if handle is None:
+        return ""
     index = 0
-    for backend in handle.backends if handle is not None else ():
+    for backend in handle.backends:
         if device in getattr(backend, "devices", ()):
             return f"{handle.name}:{index + backend.devices.index(device)}"
         index += backend.device_count()

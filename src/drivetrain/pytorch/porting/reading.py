@@ -121,8 +121,12 @@ class _Reader:
             asks, denied = self._asks(node.test), self._denied(node.test)
             self.block(node.body, asked=asked or (asks and not denied))
             self.block(node.orelse, asked=asked or denied)
+            if denied and self._leaves_the_program(node.body):
+                self._demand(node.test, asked)
             # `if not available: return` guards what follows; `raise` and `exit` mean: needed.
             return denied and bool(node.body) and isinstance(node.body[-1], _LEAVES[:1])
+        if isinstance(node, ast.Assert) and self._asks(node.test) and not self._denied(node.test):
+            self._demand(node.test, asked)
         if isinstance(node, ast.Try):
             tolerant = any(map(self._tolerates, node.handlers))
             self.block(node.body, asked=asked or tolerant)
@@ -143,6 +147,17 @@ class _Reader:
                 elif isinstance(part, ast.AST):
                     self._expression(part, asked)
         return False
+
+    def _leaves_the_program(self, body: list[ast.stmt]) -> bool:
+        last = body[-1] if body else None
+        if isinstance(last, ast.Expr) and isinstance(last.value, ast.Call):
+            return self._names.dotted(last.value.func) in _LEAVING_CALLS
+        return isinstance(last, ast.Raise)
+
+    def _demand(self, test: ast.expr, asked: bool) -> None:
+        tie = rules.demand(test, self._names)
+        if tie is not None:
+            self._add(test, tie, asked)
 
     def _tolerates(self, handler: ast.ExceptHandler) -> bool:
         """True for ``except ImportError`` and broader, that do not raise again."""

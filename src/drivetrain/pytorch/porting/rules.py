@@ -11,7 +11,7 @@ from typing import Literal
 from drivetrain.pytorch.porting import tables
 from drivetrain.pytorch.porting.names import Names, text_of
 
-__all__ = ["Tie", "device_type", "ties_of_expression", "ties_of_statement"]
+__all__ = ["Tie", "demand", "device_type", "ties_of_expression", "ties_of_statement"]
 
 Effect = Literal["fails", "skips", "differs"]
 
@@ -47,6 +47,9 @@ _ASKING = {"device_count", "is_available", "is_bf16_supported"}
 _RAWKERNELS = {"ElementwiseKernel", "RawKernel", "RawModule", "ReductionKernel", "SourceModule"}
 _CUDA_ARGUMENTS = {"cuda_sources", "extra_cuda_cflags", "with_cuda"}
 _TO_DEVICE = {"to", "to_empty", "type"}
+_TOLERANT = {"torch.autocast", "torch.amp.autocast", "torch.amp.GradScaler"}
+"""They warn and do nothing where the device is not there."""
+_LITERALS = (ast.Constant, ast.JoinedStr)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,18 @@ def ties_of_statement(node: ast.stmt, names: Names) -> Iterator[Tie]:
         yield from found
 
 
+def demand(test: ast.AST, names: Names) -> Tie | None:
+    """What a program that goes on only when ``test`` is true needs, where that is a device."""
+    for node in ast.walk(test):
+        dotted = names.dotted(node)
+        for module, kind in tables.MODULES.items():
+            if dotted == f"{module}.is_available":
+                text = f"needs {dotted}()"
+                form = "leave it out, or torch.accelerator.is_available()"
+                return Tie("device-test", tables.DEVICE_TYPES[kind], text, form, "fails", kind)
+    return None
+
+
 def _import(module: str) -> Iterator[Tie]:
     parts = module.split(".")
     for end in range(len(parts), 0, -1):
@@ -115,7 +130,7 @@ def ties_of_expression(node: ast.AST, names: Names) -> Iterator[Tie]:
     elif isinstance(node, (ast.List, ast.Tuple, ast.Set)):
         kinds = {device_type(text_of(each)) for each in node.elts} - {""}
         if len(kinds) > 1:
-            yield from _silent(tuple(node.elts))
+            yield from _silent(tuple(e for e in node.elts if isinstance(e, _LITERALS)))
     elif isinstance(node, ast.keyword) and node.arg == "choices":
         yield from _silent((node.value,))
 
@@ -130,8 +145,13 @@ def _call(node: ast.Call, names: Names) -> Iterator[Tie]:
     last = called.rpartition(".")[2]
     method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
     if called in ("getattr", "hasattr", "print"):
-        yield from _silent(tuple(node.args))
+        yield from _silent(tuple(a for a in node.args if isinstance(a, _LITERALS)))
         return
+    if called in _TOLERANT:
+        for each in (*node.args[:1], *(k.value for k in node.keywords if k.arg == "device_type")):
+            kind = device_type(text_of(each))
+            if kind not in ("", "cpu"):
+                yield _device(text_of(each), kind, effect="differs", covers=(each,))
     if method in tables.DEVICE_TYPES and not _is_module(called, names):
         yield Tie(
             "device-method",
@@ -214,9 +234,11 @@ def _of_module(dotted: str, rest: str, kind: str, node: ast.Attribute | ast.Name
     return Tie("device-module", vendor, dotted, portable, "fails", kind, covers)
 
 
-def _device(text: str, kind: str, *, covers: tuple[ast.AST, ...] = ()) -> Tie:
-    vendor = tables.DEVICE_TYPES[kind]
-    return Tie("device", vendor, repr(text), tables.DEVICE, "fails", kind, covers)
+def _device(
+    text: str, kind: str, *, effect: Effect = "fails", covers: tuple[ast.AST, ...] = ()
+) -> Tie:
+    vendor, needs = tables.DEVICE_TYPES[kind], kind if effect == "fails" else ""
+    return Tie("device", vendor, repr(text), tables.DEVICE, effect, needs, covers)
 
 
 def _text(node: ast.Constant, text: str) -> Iterator[Tie]:
