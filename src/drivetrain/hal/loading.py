@@ -14,7 +14,7 @@ from drivetrain.hal.driver import ENTRY_POINT_GROUP, Driver
 
 _PACKAGE = _drivers.__name__
 
-ACCELERATORS = ("cuda", "hip", "opencl")
+ACCELERATORS = ("cuda", "hip", "opencl", "level_zero")
 """Built-in drivers by preference; outside drivers come after them, the cpu last."""
 
 BY_NAME = ("simulated",)

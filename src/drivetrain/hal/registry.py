@@ -80,11 +80,13 @@ def _surroundings() -> object:
         "DRIVETRAIN_CPU_PARTITIONS",
         "DRIVETRAIN_HIP_LIBRARY",
         "DRIVETRAIN_HOME",
+        "DRIVETRAIN_LEVEL_ZERO_LIBRARY",
         "DRIVETRAIN_SIMULATED",
         "HIP_VISIBLE_DEVICES",
         "OCL_ICD_FILENAMES",
         "OCL_ICD_VENDORS",
         "ROCR_VISIBLE_DEVICES",
+        "ZE_AFFINITY_MASK",
         _LIMIT,
     )
     affinity = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ()

@@ -27,6 +27,8 @@ from drivetrain.errors import (
 from drivetrain.hal.device import DeviceInfo
 from drivetrain.hal.driver import LaunchAbi
 from drivetrain.hal.drivers import hip_backend
+from drivetrain.hal.drivers.cuda_context import Context
+from drivetrain.hal.drivers.cuda_memory import Memory
 from drivetrain.hal.drivers.hip_api import FUNCTIONS, HipApi
 from drivetrain.hal.drivers.hip_backend import GROUPS, HipBackend
 from drivetrain.hal.kinds import Kind, Way
@@ -47,13 +49,23 @@ def fake(fake_library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 _number = itertools.count()
+_new: list[Fake] = []
+
+
+@pytest.fixture(autouse=True)
+def _ended() -> Iterator[None]:
+    """Each library reserves room for addresses that are never used again."""
+    yield
+    while _new:
+        _new.pop().library.fake_end()
 
 
 def new(path: Path, folder: Path) -> Fake:
     """A copy of the library, as if it were in a process of its own."""
     copy = folder / f"{next(_number)}-{path.name}"  # the loader goes by its name
     copy.write_bytes(path.read_bytes())
-    return Fake(copy)
+    _new.append(Fake(copy))
+    return _new[-1]
 
 
 @pytest.fixture
@@ -469,6 +481,19 @@ def test_every_fault_at_some_calls(fake_library: Any, tmp_path: Path, fake_objec
     asked, wrong = every_fault(fake_library("fake_hip.c"), tmp_path, fake_object, 7)
     assert wrong == []
     assert asked > 300
+
+
+def test_a_driver_that_keeps_memory_or_tells_another_code_is_caught(
+    fake_library: Any, tmp_path: Path, fake_object: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the two proofs around it."""
+    path = fake_library("fake_hip.c")
+    right = Context.failure
+    with monkeypatch.context() as patch:
+        patch.setattr(Context, "failure", lambda self, op, code, **facts: right(self, op, 998))
+        assert any("says" in each for each in every_fault(path, tmp_path, fake_object, 31)[1])
+    monkeypatch.setattr(Memory, "close", lambda self: None)
+    assert any("are left" in each for each in every_fault(path, tmp_path, fake_object, 31)[1])
 
 
 @pytest.mark.soak

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from drivetrain.errors import DeviceLost, HalError, OutOfMemory, Unsupported
 from drivetrain.hal.drivers.cuda_api import Api, Code, Cu
+from drivetrain.hal.drivers.waits import wait_until
 
 STICKY = frozenset(
     {
@@ -57,8 +57,6 @@ _CODES = {
     ),
     Code.ERROR_DEINITIALIZED: ("closed", "; the process is ending"),
 }
-_SPIN_S = 100e-6
-_LONGEST_SLEEP_S = 1e-3
 
 
 class Current(Protocol):
@@ -278,16 +276,8 @@ class Context:
     # -- waits ---------------------------------------------------------------------------------
 
     def wait_until(self, done: Callable[[], bool], timeout_s: float) -> bool:
-        """Ask until it is so: at once for short work, then with sleeps of an eighth of the time
-        waited so far, 1 ms at most. False when ``timeout_s`` passed."""
-        began = time.monotonic()
-        while not done():
-            waited = time.monotonic() - began
-            if waited >= timeout_s:
-                return False
-            if waited > _SPIN_S:
-                time.sleep(min(waited / 8, _LONGEST_SLEEP_S, timeout_s - waited))
-        return True
+        """Ask until it is so. False when ``timeout_s`` passed."""
+        return wait_until(done, timeout_s)
 
     def wait_stream(self, stream: int, timeout_s: float) -> bool:
         query = self.api.cuStreamQuery

@@ -1,4 +1,5 @@
-"""The kit as a command on the hip driver, over a fake libamdhip64 that a variable selects."""
+"""The kit as a command on the hip and level_zero drivers, over fake libraries that variables
+select."""
 
 from __future__ import annotations
 
@@ -17,18 +18,27 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fakes import built
 
 Kit = Callable[..., dict[str, Any]]
+FAKES = {
+    "hip": ("DRIVETRAIN_HIP_LIBRARY", "fake_hip.c"),
+    "level_zero": ("DRIVETRAIN_LEVEL_ZERO_LIBRARY", "fake_ze.c"),
+}
+GROUPS = {
+    "hip": {"compute", "graphs", "managed", "peer", "pinned", "timing"},
+    "level_zero": {"managed", "pinned", "timing"},
+}
 
 
 @pytest.fixture
 def kit(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Kit:
-    """``kit("--only", ...)``: the report as JSON."""
+    """``kit("hip", "--only", ...)``: the report as JSON."""
     (tmp_path / "drivetrain.toml").write_text('[drivers]\ndisable = ["opencl"]\n')
-    library = built("fake_hip.c", tmp_path_factory.getbasetemp())
 
-    def run(*words: str, **environment: str) -> dict[str, Any]:
+    def run(driver: str, *words: str, **environment: str) -> dict[str, Any]:
+        variable, source = FAKES[driver]
+        library = built(source, tmp_path_factory.getbasetemp())
         done = subprocess.run(
-            [sys.executable, "-m", "drivetrain", "conformance", "hip", "--json", *words],
-            env={**os.environ, "DRIVETRAIN_HIP_LIBRARY": str(library), **environment},
+            [sys.executable, "-m", "drivetrain", "conformance", driver, "--json", *words],
+            env={**os.environ, variable: str(library), **environment},
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -48,26 +58,33 @@ def wrong(report: dict[str, Any]) -> list[str]:
     return [f"{r['name']}: {r['reason']}" for r in report["results"] if r["state"] not in states]
 
 
-def test_the_kit_passes_on_the_fake_and_calls_it_one(kit: Kit) -> None:
-    report = kit("--only", "events", "--only", "kernels.dynamic_shared", "--only", "errors")
+@pytest.mark.parametrize(
+    ("driver", "checks"),
+    [("hip", ["events", "kernels.dynamic_shared", "errors"]), ("level_zero", ["events", "copies"])],
+)
+def test_the_kit_passes_on_the_fake_and_calls_it_one(
+    kit: Kit, driver: str, checks: list[str]
+) -> None:
+    report = kit(driver, *(word for name in checks for word in ("--only", name)))
     assert wrong(report) == []
     assert report["passed"]
     assert report["evidence"] == "fake"
-    assert report["counts"]["passed"] > 20
+    assert report["counts"]["passed"] > 15
 
 
 def test_a_library_that_loses_copies_does_not_pass(kit: Kit) -> None:
     """The control: the fake's third copy fails, and so does a check."""
-    report = kit("--only", "copies", FAKE_HIP_FAULT="hipMemcpyHtoDAsync:3:1")
+    report = kit("hip", "--only", "copies", FAKE_HIP_FAULT="hipMemcpyHtoDAsync:3:1")
     assert wrong(report)
     assert not report["passed"]
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-def test_the_whole_kit_passes_on_the_fake(kit: Kit) -> None:
-    report = kit()
+@pytest.mark.parametrize("driver", sorted(FAKES))
+def test_the_whole_kit_passes_on_the_fake(kit: Kit, driver: str) -> None:
+    report = kit(driver)
     assert wrong(report) == []
     assert report["passed"]
     assert report["whole"]
-    assert set(report["groups"]) == {"compute", "graphs", "managed", "peer", "pinned", "timing"}
+    assert set(report["groups"]) == GROUPS[driver]

@@ -1,0 +1,410 @@
+"""The level_zero driver over a fake loader: every fault at every call of a script, and the driver
+as a whole. The fake shows order and errors; it shows nothing about results."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import Fake
+
+from drivetrain.errors import DeviceLost, DriverMissing, HalError, OutOfMemory, Unsupported
+from drivetrain.hal.device import DeviceInfo
+from drivetrain.hal.drivers import level_zero, level_zero_backend
+from drivetrain.hal.drivers.level_zero_api import FUNCTIONS, Api, Ze
+from drivetrain.hal.drivers.level_zero_backend import GROUPS, LevelZeroBackend
+from drivetrain.hal.drivers.level_zero_context import Context
+from drivetrain.hal.drivers.level_zero_memory import Memory
+from drivetrain.hal.kinds import Kind, Way
+
+Make = Callable[..., LevelZeroBackend]
+_number = itertools.count()
+_new: list[Fake] = []
+
+
+@pytest.fixture(autouse=True)
+def _ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each library reserves room for addresses that are never used again."""
+    monkeypatch.delenv("ZE_AFFINITY_MASK", raising=False)
+    yield
+    while _new:
+        _new.pop().library.fake_end()
+
+
+def info(index: int = 0) -> DeviceInfo:
+    uuid = "ZE-" + bytes([*range(0xF0, 0xFF), index]).hex()
+    return DeviceInfo("level_zero", index, "fake", "intel", uuid)
+
+
+def new(path: Path, folder: Path) -> Fake:
+    """A copy of the library, as if it were in a process of its own."""
+    copy = folder / f"{next(_number)}-{path.name}"  # the loader goes by its name
+    copy.write_bytes(path.read_bytes())
+    _new.append(Fake(copy))
+    return _new[-1]
+
+
+@pytest.fixture
+def fake(fake_library: Any, tmp_path: Path) -> Fake:
+    return new(fake_library("fake_ze.c"), tmp_path)
+
+
+@pytest.fixture
+def make(fake: Fake) -> Iterator[Make]:
+    made: list[LevelZeroBackend] = []
+
+    def build(index: int = 0) -> LevelZeroBackend:
+        made.append(LevelZeroBackend(info(index), Api(fake)))
+        return made[-1]
+
+    yield build
+    fake.forgive()
+    for backend in made:
+        backend.close()
+
+
+def read(backend: LevelZeroBackend, ptr: int, stream: int, nbytes: int = 4) -> bytes:
+    back = ctypes.create_string_buffer(nbytes)
+    backend.copy(ctypes.addressof(back), ptr, nbytes, Way.DEVICE_TO_HOST, stream, False)
+    assert backend.stream_synchronize(stream, 10)
+    return back.raw
+
+
+def script(backend: LevelZeroBackend) -> Iterator[str]:
+    """Uses each group once; nothing is left over at its end."""
+    stream, other = backend.stream_create(0), backend.stream_create(-1)
+    for kind in Kind:
+        if kind is Kind.DEVICE or kind.name.lower() in backend.groups:
+            ptr = backend.alloc(4096, kind, stream)
+            for pattern in (b"\1", b"ab", b"abcd", bytes(range(8)), bytes(range(16))):
+                backend.fill(ptr, pattern, 4096 // len(pattern), stream)
+            assert read(backend, ptr, stream, 4096) == bytes(range(16)) * 256
+            source = ctypes.create_string_buffer(b"\x22" * 16, 16)
+            at = ctypes.addressof(source)
+            backend.copy(ptr, at, 16, Way.HOST_TO_DEVICE, stream, True)
+            backend.copy(ptr + 64, ptr, 16, Way.DEVICE_TO_DEVICE, stream, False)
+            assert read(backend, ptr + 64, stream, 16) == b"\x22" * 16
+            backend.free(ptr, kind, stream)
+            yield kind.name
+    assert backend.memory()[1] == 1 << 30
+    start, end = backend.event_create(True), backend.event_create(True)
+    backend.event_record(start, stream)
+    backend.stream_wait(other, start)
+    backend.event_record(end, other)
+    assert backend.event_synchronize(end, 10)
+    assert 0 <= backend.event_seconds(start, end) < 60
+    assert backend.event_seconds(end, start) <= 0
+    backend.event_record(start, other)
+    for event in (start, end):
+        assert backend.event_synchronize(event, 10)
+        backend.event_destroy(event)
+    yield "events"
+    for each in (other, stream):
+        backend.stream_destroy(each)
+    assert backend.synchronize(10)
+    yield "end"
+
+
+# -- what it is ------------------------------------------------------------------------------------
+
+
+def test_a_device_tells_what_it_is(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = make()
+    assert backend.groups == GROUPS
+    assert backend.memory() == (1 << 30, 1 << 30)
+    monkeypatch.setenv("FAKE_ZE_SLOW_SHARED", "1")
+    assert make(1).groups == GROUPS - {"managed"}
+
+
+@pytest.mark.parametrize("longest", ["128", "4", "1"])
+def test_all_groups_work_whatever_a_fill_may_be(
+    make: Make, monkeypatch: pytest.MonkeyPatch, longest: str
+) -> None:
+    monkeypatch.setenv("FAKE_ZE_PATTERN", longest)
+    assert [*script(make())][-1] == "end"
+
+
+def test_signals_go_round(make: Make, fake: Fake) -> None:
+    """A thousand events take no more of Level Zero's than a few."""
+    backend = make()
+    stream = backend.stream_create(0)
+    event = backend.event_create(False)
+    for _ in range(1000):
+        backend.event_record(event, stream)
+        backend.stream_wait(stream, event)
+        assert backend.stream_synchronize(stream, 10)
+    assert fake.things() < 300
+
+
+@pytest.mark.parametrize("row", FUNCTIONS, ids=lambda row: row.name)
+def test_a_symbol_that_is_missing_is_said(fake: Fake, row: Any) -> None:
+    fake.refused.add(row.name)
+    if not row.optional:
+        with pytest.raises(HalError, match=row.name) as caught:
+            Api(fake)
+        assert caught.value.code == "broken"
+        return
+    api = Api(fake)
+    with pytest.raises(Unsupported, match=row.name):
+        getattr(api, row.name)
+    assert [each.pci for each in level_zero_backend.seen(api)] == ["", ""]
+
+
+def test_out_of_memory_waits_for_what_is_being_given_back(make: Make) -> None:
+    backend = make()
+    stream = backend.stream_create(0)
+    ptr = backend.alloc(700 << 20, Kind.DEVICE, stream)
+    backend.fill(ptr, b"\1", 64 << 20, stream)
+    backend.free(ptr, Kind.DEVICE, stream)
+    again = backend.alloc(800 << 20, Kind.DEVICE, stream)
+    with pytest.raises(OutOfMemory) as caught:
+        backend.alloc(500 << 20, Kind.DEVICE, stream)
+    error = caught.value
+    assert (error.requested, error.total) == (500 << 20, 1 << 30)
+    assert error.native == Ze.RESULT_ERROR_OUT_OF_DEVICE_MEMORY
+    assert error.native_name == "ZE_RESULT_ERROR_OUT_OF_DEVICE_MEMORY"
+    backend.free(again, Kind.DEVICE, stream)
+
+
+def test_a_device_that_is_not_shown_is_said(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZE_AFFINITY_MASK", "1")
+    with pytest.raises(HalError, match="ZE_AFFINITY_MASK") as caught:
+        LevelZeroBackend(info(0), Api(fake))
+    assert caught.value.code == "not_visible"
+    LevelZeroBackend(info(1), Api(fake)).close()
+
+
+# -- faults ----------------------------------------------------------------------------------------
+
+KINDS: dict[int, type[HalError]] = {
+    Ze.RESULT_ERROR_OUT_OF_DEVICE_MEMORY: OutOfMemory,
+    Ze.RESULT_ERROR_DEVICE_LOST: DeviceLost,
+    Ze.RESULT_NOT_READY: HalError,
+    0x7FFFFFFE: HalError,
+}
+TOLERATED = {"zeDriverGetProperties", "zeDevicePciGetPropertiesExt", "zeDeviceGetMemoryProperties"}
+"""Of these a failure is an answer: the fact is not known."""
+FINDING = {"zeInit", "zeDriverGet", "zeDeviceGet", "zeDeviceGetProperties"}
+
+
+def problem(library: Fake, symbol: str, nth: int, native: int) -> str:
+    """What is wrong with how the driver took one fault; "" when nothing is."""
+    raised: list[HalError] = []
+    backend = None
+    library.fail(symbol, native, nth)
+    try:
+        backend = LevelZeroBackend(info(0), Api(library))
+        for _ in script(backend):
+            pass
+    except HalError as error:
+        raised.append(error)
+    except AssertionError as error:
+        if symbol != "zeDeviceGetMemoryProperties":
+            return f"the script saw {error}"
+    if backend is not None:
+        try:
+            backend.close()
+        except HalError as error:
+            raised.append(error)
+    if not library.library.fake_fired():
+        return ""  # a query more or less: it depends on time
+    lost, full = Ze.RESULT_ERROR_DEVICE_LOST, Ze.RESULT_ERROR_OUT_OF_DEVICE_MEMORY
+    if not raised:
+        if symbol not in TOLERATED and native not in (Ze.RESULT_NOT_READY, full, lost):
+            return "it went unnoticed"
+    elif symbol in FINDING:
+        if (raised[0].code, raised[0].native, raised[0].op) != ("broken", native, symbol):
+            return repr(raised[0])
+    elif symbol not in TOLERATED or native == lost:
+        error = raised[0]
+        if native == Ze.RESULT_NOT_READY and error.op == "event_seconds":
+            return ""  # it said that an event is not done
+        if not isinstance(error, KINDS[native]) and error.op not in FINDING:
+            return repr(error)
+        facts = (error.native, error.driver, bool(error.native_name))
+        if facts != (native, "level_zero", True) or not re.match(r"ze[A-Z]", error.op):
+            return f"{error!r} of {error.op} says {facts}"
+    if native == lost:
+        return ""
+    library.forgive()
+    left = library.live(), library.things()
+    if symbol.endswith(("Destroy", "Free")):
+        return ""  # closing stops at what cannot be given back
+    return f"{left} are left of memory and things" if max(left) else ""
+
+
+def every_fault(path: Path, folder: Path, step: int) -> tuple[int, list[str]]:
+    """Each ``step``-th fault at each call: how many there are in all, and what is wrong."""
+    library = new(path, folder)
+    library.log()
+    backend = LevelZeroBackend(info(0), Api(library))
+    assert [*script(backend)][-1] == "end"
+    backend.close()
+    assert (library.live(), library.things()) == (0, 0)
+    places: dict[str, int] = {}
+    asked, wrong = 0, []
+    for name in library.names():
+        places[name] = places.get(name, 0) + 1
+        if name in ("zeEventCreate", "zeEventDestroy") and 3 < places[name] < 126:
+            continue  # all of a pool are alike
+        for native in KINDS:
+            asked += 1
+            if asked % step:
+                continue
+            library = new(path, folder)
+            found = problem(library, name, places[name], native)
+            if found:
+                wrong.append(f"{native:#x} from call {places[name]} of {name}: {found}")
+            library.library.fake_end()
+            _new.remove(library)
+            library.path.unlink()
+    return asked, wrong
+
+
+def test_every_fault_at_some_calls(fake_library: Any, tmp_path: Path) -> None:
+    """A sample; `make soak` takes all of them."""
+    asked, wrong = every_fault(fake_library("fake_ze.c"), tmp_path, 7)
+    assert wrong == []
+    assert asked > 300
+
+
+def test_a_driver_that_keeps_memory_or_tells_another_code_is_caught(
+    fake_library: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the two proofs around it."""
+    path = fake_library("fake_ze.c")
+    right = Context.failure
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Context, "failure", lambda self, op, code, **facts: right(self, op, 0x7FFFFFFD)
+        )
+        assert any("says" in each for each in every_fault(path, tmp_path, 31)[1])
+    monkeypatch.setattr(Memory, "close", lambda self: None)
+    assert any("are left" in each for each in every_fault(path, tmp_path, 31)[1])
+
+
+@pytest.mark.soak
+def test_every_fault_at_every_call(fake_library: Any, tmp_path: Path) -> None:
+    asked, wrong = every_fault(fake_library("fake_ze.c"), tmp_path, 1)
+    assert wrong == []
+    assert asked > 300
+
+
+# -- the driver as a whole, in processes of its own ------------------------------------------------
+
+WHOLE = """
+import json, sys
+from drivetrain import hal
+from drivetrain.hal.conformance.running import evidence_of
+state = hal.drivers()["level_zero"]
+devices = hal.devices("level_zero")
+out = dict(state=state.state, reason=state.reason,
+           devices=[[d.address, d.uuid, d.name, d.vendor, d.info.pci, d.info.memory_bytes,
+                     d.capabilities.cores, evidence_of(d)] for d in devices],
+           others=sorted(n for n, d in hal.drivers().items() if d.state == "usable"))
+if "probe" in sys.argv:
+    from drivetrain.hal.probe import probe
+    out["verdicts"] = [[v.usable, v.reason] for v in probe(list(devices)).values()]
+print(json.dumps(out))
+"""
+
+
+def whole(path: Path | str, *words: str, **environment: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", WHOLE, *words],
+        env={
+            **os.environ,
+            "DRIVETRAIN_LEVEL_ZERO_LIBRARY": str(path),
+            "DRIVETRAIN_DISCOVERY_LIMIT_S": "8",
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_another_loader_is_selected_listed_and_probed(fake_library: Any) -> None:
+    found = whole(fake_library("fake_ze.c"), "probe")
+    assert found["state"] == "usable"
+    assert found["devices"] == [
+        [f"level_zero:{n}", info(n).uuid, f"Fake Arc {n}", "intel", "", 1 << 30, 512, "fake"]
+        for n in range(2)
+    ]
+    assert found["verdicts"] == [[True, ""]] * 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "state", "reason"),
+    [
+        ({"FAKE_ZE_FAULT": "zeInit:1:hang", "DRIVETRAIN_DISCOVERY_LIMIT_S": "2"}, "broken", "2 s"),
+        ({"FAKE_ZE_FAULT": "zeDeviceGet:1:0x7ffffffe"}, "broken", "zeDeviceGet failed"),
+        ({"FAKE_ZE_NO_DRIVER": "1"}, "absent", "no driver stands behind the loader"),
+        ({"FAKE_ZE_DEVICES": "0"}, "absent", "show no device"),
+    ],
+)
+def test_a_loader_that_hangs_fails_or_has_nothing_leaves_the_other_drivers(
+    fake_library: Any, environment: dict[str, str], state: str, reason: str
+) -> None:
+    found = whole(fake_library("fake_ze.c"), **environment)
+    assert found["state"] == state, found
+    assert reason in found["reason"]
+    assert found["devices"] == []
+    assert "cpu" in found["others"]
+
+
+def test_debians_loader_without_a_driver_is_absent_when_it_is_asked() -> None:
+    path = Path("/usr/lib/x86_64-linux-gnu/libze_loader.so.1")
+    if not path.is_file():
+        pytest.skip("there is no Level Zero loader (Debian's package libze1)")
+    if any(Path("/dev").glob("dri/renderD*")):
+        pytest.skip("this machine may have a device")
+    found = whole(path)
+    assert found["state"] == "absent", found
+    assert found["reason"]
+
+
+def test_why_there_is_no_device_is_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DRIVETRAIN_LEVEL_ZERO_LIBRARY", "ZE_ENABLE_ALT_DRIVERS", "LD_LIBRARY_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    assert "no Level Zero loader" in level_zero.absent(tmp_path)
+    (tmp_path / "usr/lib").mkdir(parents=True)
+    (tmp_path / "usr/lib/libze_loader.so.1").touch()
+    assert "is installed, but no driver" in level_zero.absent(tmp_path)
+    card = tmp_path / "sys/bus/pci/devices/0000:03:00.0"
+    card.mkdir(parents=True)
+    (card / "vendor").write_text("0x8086\n")
+    (card / "class").write_text("0x030000\n")
+    assert "an Intel GPU is on the PCI bus" in level_zero.absent(tmp_path)
+    (tmp_path / "usr/lib/libze_intel_gpu.so.1").touch()
+    assert "no /dev/dri/renderD*" in level_zero.absent(tmp_path)
+    (tmp_path / "dev/dri").mkdir(parents=True)
+    (tmp_path / "dev/dri/renderD128").touch()
+    assert level_zero.absent(tmp_path) == ""
+    with monkeypatch.context() as patch:
+        patch.setenv("DRIVETRAIN_LEVEL_ZERO_LIBRARY", "/nowhere/loader.so")
+        assert "names no file" in level_zero.absent(tmp_path)
+
+
+def test_no_driver_behind_the_loader_is_a_missing_driver(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_ZE_NO_DRIVER", "1")
+    with pytest.raises(DriverMissing) as caught:
+        level_zero_backend.seen(Api(fake))
+    assert caught.value.native == Ze.RESULT_ERROR_UNINITIALIZED
