@@ -58,18 +58,23 @@ def matmul(x1: Any, x2: Any, /, *, stream: Stream | None = None) -> Array:
 def multiply(
     out: Array, a: Array, b: Array, *, stream: Stream | None = None, tf32: bool = False
 ) -> None:
-    """Write the product of two matrices to ``out``, all three of one type. ``tf32``: float32 may be
-    rounded to TF32 first, where the library and the device have it. Raises BadInput."""
+    """Write the product over the last two axes to ``out``, all three of one type; batches of ``a``
+    and ``b`` are broadcast to that of ``out``. ``tf32``: float32 may be rounded to TF32 first,
+    where the library and the device have it. Raises BadInput."""
     on = strided.stream_for((out, a, b), stream, "multiply")
     if not out.dtype == a.dtype == b.dtype or out.dtype.kind == "bool":
         raise BadInput(f"multiply: the types {out.dtype}, {a.dtype} and {b.dtype} must be one")
-    fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[0]
-    if not fits or out.shape != (a.shape[0], b.shape[1]):
+    fits = min(out.ndim, a.ndim, b.ndim) >= 2 and a.shape[-1] == b.shape[-2]
+    if not fits or out.shape[-2:] != (a.shape[-2], b.shape[-1]):
         raise BadInput(f"multiply: {a.shape} times {b.shape} does not give {out.shape}")
-    if not layout.is_compact(out.shape, out.strides) or out.memory in (a.memory, b.memory):
+    batch = out.shape[:-2]
+    if layout.broadcast(batch, a.shape[:-2], b.shape[:-2], op="multiply") != batch:
+        raise BadInput(f"multiply: {a.shape} times {b.shape} does not give {out.shape}")
+    shared = out.memory.buffer.ptr in (a.memory.buffer.ptr, b.memory.buffer.ptr)
+    if not layout.is_compact(out.shape, out.strides) or (shared and out.size):
         raise BadInput("multiply: the result needs memory of its own, without gaps")
-    if out.size and a.shape[1]:
-        _multiply(out, a, b, (), on, tf32)
+    if out.size and a.shape[-1]:
+        _multiply(out, a, b, batch, on, tf32)
     elif out.size:
         out.assign(0.0 if out.dtype.kind == "float" else 0, stream=on)
 

@@ -108,7 +108,8 @@ def elementwise(
 
 def _apart(array: Array, out: Array, stream: Stream) -> Array:
     """The array, or a copy of it where writing ``out`` would change elements yet to be read."""
-    if array.memory is not out.memory or _same_place(array, out):
+    shared = array.memory.buffer.ptr == out.memory.buffer.ptr
+    if not shared or not array.size or _same_place(array, out):
         return array
     return copied(array, stream)
 
@@ -164,12 +165,21 @@ def _seen_as(array: Array, dtype: DType) -> Array:
 # -- reductions ------------------------------------------------------------------------------------
 
 
-def reduce(name: str, array: Array, axes: Shape, total: DType, out: DType, stream: Stream) -> Array:
-    """One of `reductions.NAMES` over ``axes``, which go away, calculated in ``total``."""
+def reduce(
+    name: str,
+    array: Array,
+    axes: Shape,
+    total: DType,
+    out: DType,
+    stream: Stream,
+    result: Array | None = None,
+) -> Array:
+    """One of `reductions.NAMES` over ``axes``, which go away, calculated in ``total``. ``result``
+    is for it, without gaps."""
     shape, strides = array.shape, array.strides
     kept = tuple(n for at, n in enumerate(shape) if at not in axes)
     gone = tuple(shape[at] for at in axes)
-    result = new(kept, out, stream)
+    result = new(kept, out, stream) if result is None else result
     if not result.size:
         return result
     count = prod(gone)
@@ -238,12 +248,15 @@ def _form(stream: Stream, rows: int, count: int, over: Shape, along: Shape) -> s
     return "block" if count > 64 else "spread"
 
 
-def position(name: str, array: Array, axes: Shape, stream: Stream) -> Array:
-    """``argmax`` or ``argmin`` over ``axes``, which go away; int64."""
+def position(
+    name: str, array: Array, axes: Shape, stream: Stream, result: Array | None = None
+) -> Array:
+    """``argmax`` or ``argmin`` over ``axes``, which go away; int64. ``result`` is for it, without
+    gaps."""
     shape, strides = array.shape, array.strides
     kept = tuple(n for at, n in enumerate(shape) if at not in axes)
     gone = tuple(shape[at] for at in axes)
-    result = new(kept, DTYPES["int64"], stream)
+    result = new(kept, DTYPES["int64"], stream) if result is None else result
     if not result.size:
         return result
     if not prod(gone):
@@ -270,9 +283,9 @@ def position(name: str, array: Array, axes: Shape, stream: Stream) -> Array:
 # -- rows ------------------------------------------------------------------------------------------
 
 
-def softmax(array: Array, logarithm: bool, stream: Stream) -> Array:
-    """Softmax over the last axis, or its logarithm."""
-    out = new(array.shape, array.dtype, stream)
+def softmax(array: Array, logarithm: bool, stream: Stream, out: Array | None = None) -> Array:
+    """Softmax over the last axis, or its logarithm. ``out`` is for it, without gaps."""
+    out = new(array.shape, array.dtype, stream) if out is None else out
     if not out.size:
         return out
     columns = array.shape[-1]
@@ -289,12 +302,16 @@ def softmax(array: Array, logarithm: bool, stream: Stream) -> Array:
     return out
 
 
-def take(array: Array, positions: Array, axis: int, stream: Stream) -> Array:
-    """Picks along one axis by a one-dimensional array of integers."""
+def take(
+    array: Array, positions: Array, axis: int, stream: Stream, out: Array | None = None
+) -> Array:
+    """Picks along one axis by a one-dimensional array of integers. ``out`` is for them, without
+    gaps."""
     array, positions = compact(array, stream), compact(positions, stream)
     outer, inner = prod(array.shape[:axis]), prod(array.shape[axis + 1 :])
     extent, count = array.shape[axis], positions.size
-    out = new((*array.shape[:axis], count, *array.shape[axis + 1 :]), array.dtype, stream)
+    if out is None:
+        out = new((*array.shape[:axis], count, *array.shape[axis + 1 :]), array.dtype, stream)
     if not out.size:
         return out
     if not extent:

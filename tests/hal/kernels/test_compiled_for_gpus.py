@@ -73,6 +73,7 @@ SOURCES: dict[str, Source] = {
     "unfold": unfold.source(F16),
     "pooling": pooling.source(F64),
     "loss": loss.source(F32),
+    "gradient of log_softmax": loss.slope_source(F16, True),
     "indexing": indexing.source(BF16),
     "optimizers": optimizers.source(F32),
 }

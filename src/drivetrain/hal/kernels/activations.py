@@ -78,6 +78,9 @@ FUNCTIONS: Mapping[str, Operation] = {
     **{name: _floats(f"{name}(a)") for name in _PLAIN},
     "atan2": _floats("atan2(a, b)"),
     "fmod": Operation(NUMBERS, {"float": "fmod(a, b)", "*": "b == 0 || b == (T)-1 ? 0 : a % b"}),
+    "trunc_divide": _floats("trunc(a / b)"),
+    "isposinf": Operation(FLOATS, {"*": "a > 0 && a - a != a - a"}, to_bool=True),
+    "isneginf": Operation(FLOATS, {"*": "a < 0 && a - a != a - a"}, to_bool=True),
     "relu": _numbers("a < 0 ? (T)0 : a"),
     "clamp": _numbers("a < b ? b : a > c ? c : a"),
     "sigmoid": _floats("(T)1 / ((T)1 + exp(-a))"),
@@ -170,6 +173,7 @@ def _wide(name: str, a: Any, b: Any, c: Any, d: Any) -> Any:
     if name in unary:
         return unary[name](a)
     others: dict[str, Callable[[], Any]] = {
+        "trunc_divide": lambda: np.trunc(a / b),
         "clamp": lambda: np.where(a < b, b, np.where(a > c, c, a)),
         "sigmoid_gradient": lambda: a * (1 - b) * b,
         "tanh_gradient": lambda: a * (1 - b * b),

@@ -57,6 +57,12 @@ extern "C" __global__ void add_rows(E *out, const E *in, const long long *positi
     }
 }
 
+/* out[i] = start + i step */
+extern "C" __global__ void count(E *out, T start, T step, long long n) {
+    long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = STORE(start + (T)i * step);
+}
+
 /* out[o, j, i] = in[o, positions[o, j, i], i]: n = outer, extent of in, of positions, inner. */
 extern "C" __global__ void gather_along(E *out, const E *in, const long long *positions, Along w) {
     long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -88,7 +94,7 @@ extern "C" __global__ void scatter_along(E *out, const E *in, const long long *p
 
 
 def source(dtype: DType) -> Source:
-    """``add_rows(out, in, positions, skipped, lines)``,
+    """``add_rows(out, in, positions, skipped, lines)``, ``count(out, start, step, n)``,
     ``gather_along(out, in, positions, along)`` (positions beyond an end go to it) and
     ``scatter_along(out, in, positions, adds, along)`` (such positions are left out)."""
     return Source.cuda(
@@ -145,6 +151,11 @@ def _check(device: Device, stream: Stream, size: int) -> None:
     launch(found, stream, rule(along.size), out, made, where, packed)
     wanted = np.take_along_axis(array, along, 0)
     agree("gather_along", get(out, stream, along.shape, np.float32), wanted)
+    numbers = room(device, stream, 4 * size)
+    found = kernel(device, "count", source, f32)
+    launch(found, stream, rule(size), numbers, 2.0, 0.5, size)
+    wanted = 2 + np.arange(size, dtype=np.float32) / 2
+    agree("count", get(numbers, stream, size, np.float32), wanted)
     lines = put(device, stream, values[:4])
     found = kernel(device, "scatter_along", source, f32)
     for adds in (0, 1):

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from drivetrain.errors import Unsupported
+from drivetrain.errors import BadInput, Unsupported
 from drivetrain.hal import Stream, layout, random
 from drivetrain.hal.array import Array, Memory
 from drivetrain.hal.dtype import DTYPES, DType
@@ -29,10 +29,13 @@ class Declined(Exception):
     """These arguments are for the CPU."""
 
 
-def serves(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+Body = TypeVar("Body", bound=Callable[..., Any])
+
+
+def serves(*names: str) -> Callable[[Body], Body]:
     """Put a kernel into the table under overloads of aten (``add.Tensor``, ``relu``)."""
 
-    def note(function: Callable[..., Any]) -> Callable[..., Any]:
+    def note(function: Body) -> Body:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             try:
@@ -118,6 +121,20 @@ def number(value: Any, common: DType) -> Any:
     if least <= found <= most:
         return found
     return (found - least) % (most - least + 1) + least
+
+
+def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """The shape that all of them broadcast to. Raises RuntimeError, as torch does."""
+    first = tuple(shapes[0])
+    if all(tuple(each) == first for each in shapes[1:]):
+        return first
+    try:
+        return layout.broadcast(*(tuple(each) for each in shapes))
+    except BadInput:
+        told = " and ".join(str(list(each)) for each in shapes)
+        raise RuntimeError(
+            f"The sizes of the tensors must match at every dimension that is not 1: {told}"
+        ) from None
 
 
 def common_type(*operands: Any) -> torch.dtype:

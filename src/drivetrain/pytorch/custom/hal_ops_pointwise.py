@@ -1,4 +1,4 @@
-"""Element by element: arithmetic, comparisons, activations and their gradients, copies, fills."""
+"""Element by element: arithmetic, comparisons, activations and their gradients, triangles."""
 
 from __future__ import annotations
 
@@ -8,90 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drivetrain.hal import strided
-from drivetrain.hal.array import Array
-from drivetrain.hal.dtype import DTYPES, DType
-from drivetrain.hal.kernels import indexing, text
-from drivetrain.hal.kernels.elementwise import OPERATIONS
 from drivetrain.pytorch.custom.hal_ops_arrays import (
-    KINDS,
+    Body,
     Declined,
-    array,
     common_type,
-    kind_of,
     new,
-    number,
-    run,
     serves,
-    stream,
 )
-
-
-def pointwise(
-    name: str,
-    operands: tuple[Any, ...],
-    common: torch.dtype | None = None,
-    to: torch.dtype | None = None,
-    out: Tensor | None = None,
-) -> Tensor:
-    """One of `elementwise.OPERATIONS` over tensors and numbers, calculated in ``common`` (torch's
-    promotion, without): into ``out``, or a new tensor of type ``to``."""
-    tensors = [each for each in operands if isinstance(each, Tensor) and not each.is_cpu]
-    common = common_type(*operands) if common is None else common
-    kind = kind_of(common)
-    if to is None:
-        to = torch.bool if OPERATIONS[name].to_bool else common
-    shape = torch.broadcast_shapes(*(each.shape for each in tensors))
-    if out is None:
-        out = _like(tensors, shape, to)
-    elif out.shape != shape and (len(tensors) > 1 or tensors[0].shape != out.shape):
-        whole = torch.broadcast_shapes(out.shape, shape)
-        if whole != out.shape:
-            raise RuntimeError(
-                f"output with shape {list(out.shape)} doesn't match the broadcast shape "
-                f"{list(whole)}"
-            )
-    if not out.numel():
-        return out
-    values = tuple(_operand(each, kind) for each in operands)
-    if any(not s and n > 1 for n, s in zip(out.shape, out.stride(), strict=True)):
-        raise RuntimeError(
-            "unsupported operation: more than one element of the written-to tensor refers to a "
-            "single memory location; clone the tensor first"
-        )
-    strided.elementwise(name, values, kind, kind_of(out.dtype), stream(out), array(out))
-    return out
-
-
-def _operand(value: Any, kind: DType) -> Any:
-    if isinstance(value, Tensor):
-        return number(value.item(), kind) if value.is_cpu else array(value)
-    return number(value, kind)
-
-
-def _like(tensors: list[Tensor], shape: torch.Size, to: torch.dtype) -> Tensor:
-    """Undefined, in the order of memory that the first whole operand has."""
-    for each in tensors:
-        if each.shape == shape:
-            if each.is_contiguous():
-                break
-            return torch.empty_like(each, dtype=to)
-    return new(tensors[0], shape, to)
-
-
-def into(out: Tensor | None, common: torch.dtype) -> None:
-    """Raises RuntimeError where a result of this type may not be written to ``out``."""
-    if out is not None and not torch.can_cast(common, out.dtype):
-        raise RuntimeError(f"result type {common} can't be cast to the desired type {out.dtype}")
-
-
-def floats(*operands: Any) -> torch.dtype:
-    """What functions of real numbers calculate in."""
-    found = common_type(*operands)
-    return found if found.is_floating_point else torch.get_default_dtype()
-
-
-Body = Callable[..., Any]
+from drivetrain.pytorch.custom.hal_ops_elements import (
+    chosen,
+    counted,
+    floats,
+    into,
+    pointwise,
+)
 
 
 def both(name: str, overload: str = "") -> Callable[[Body], Body]:
@@ -193,19 +123,16 @@ def _logical_not(out: Tensor | None, x: Tensor) -> Tensor:
     return pointwise("equal", (x, 0), x.dtype, out=out)
 
 
-@serves("isnan", "isinf", "isfinite")
-def _unused(x: Tensor) -> Any:
-    raise Declined
+def _told(name: str) -> None:
+    @serves(name)
+    def body(x: Tensor) -> Tensor:
+        if not x.dtype.is_floating_point:
+            raise Declined
+        return pointwise(name, (x,))
 
 
-@serves("isnan")
-def _isnan(x: Tensor) -> Tensor:
-    return pointwise("isnan", (x,))
-
-
-@serves("isinf")
-def _isinf(x: Tensor) -> Tensor:
-    return pointwise("isinf", (x,))
+for _name in ("isnan", "isinf", "isposinf", "isneginf"):
+    _told(_name)
 
 
 @both("gelu")
@@ -271,16 +198,16 @@ def _rsub(a: Any, b: Any, alpha: Any = 1) -> Tensor:
 
 
 def _binary(aten: str, name: str, kind: str = "same", overload: str = "Tensor") -> None:
-    """``kind``: ``same`` (torch's promotion), ``real`` (calculated in floats), ``bits`` (not of
-    floats)."""
+    """``kind``: ``same`` (torch's promotion), ``real`` (calculated in floats), ``real only`` (of
+    floats), ``bits`` (not of floats)."""
 
     @both(aten, overload)
     def body(out: Tensor | None, a: Any, b: Any) -> Tensor:
         common = floats(a, b) if kind == "real" else common_type(a, b)
         if kind == "bits" and common.is_floating_point:
             raise Declined
-        if kind == "numbers" and common is torch.bool:
-            raise Declined
+        if kind == "real only" and not common.is_floating_point:
+            raise Declined  # the CPU refuses to divide integers by 0
         into(out, common)
         return pointwise(name, (a, b), common, out=out)
 
@@ -289,7 +216,8 @@ for _aten, _op, _kind, _over in (
     ("mul", "multiply", "same", "Tensor"), ("div", "divide", "real", "Tensor"),
     ("atan2", "atan2", "real", ""), ("maximum", "maximum", "same", ""),
     ("minimum", "minimum", "same", ""), ("bitwise_and", "bitwise_and", "bits", "Tensor"),
-    ("bitwise_or", "bitwise_or", "bits", "Tensor"), ("bitwise_xor", "bitwise_xor", "bits", "Tensor"),
+    ("bitwise_or", "bitwise_or", "bits", "Tensor"),
+    ("bitwise_xor", "bitwise_xor", "bits", "Tensor"),
     ("remainder", "remainder", "real only", "Tensor"), ("fmod", "fmod", "real only", "Tensor"),
 ):  # fmt: skip
     _binary(_aten, _op, _kind, _over)
@@ -356,6 +284,16 @@ def _powers(out: Tensor | None, a: Any, b: Any) -> Tensor:
     return pointwise("pow", (a, b), common, out=out)
 
 
+@serves("pow_.Scalar")
+def _power_inside(x: Tensor, exponent: Any) -> Tensor:
+    return _power(x, x, exponent)
+
+
+@serves("pow_.Tensor")
+def _powers_inside(x: Tensor, exponent: Any) -> Tensor:
+    return _powers(x, x, exponent)
+
+
 @serves("pow.Scalar")
 def _power_of(a: Any, b: Tensor) -> Tensor:
     return _powers(None, a, b)
@@ -409,26 +347,14 @@ def _lerps(out: Tensor | None, a: Any, b: Any, weight: Any) -> Tensor:
 def _where(condition: Tensor, a: Any, b: Any) -> Tensor:
     if condition.dtype is not torch.bool or condition.is_cpu:
         raise Declined
-    return _chosen(None, condition, a, b, common_type(a, b))
-
-
-def _chosen(out: Tensor | None, condition: Tensor, a: Any, b: Any, common: torch.dtype) -> Tensor:
-    kind = kind_of(common)
-    values = [each for each in (a, b) if isinstance(each, Tensor) and not each.is_cpu]
-    if out is None:
-        shape = torch.broadcast_shapes(condition.shape, *(each.shape for each in values))
-        out = new(condition, shape, common)
-    if out.numel():
-        operands = (array(condition), _operand(a, kind), _operand(b, kind))
-        strided.elementwise("where", operands, kind, kind, stream(out), array(out))
-    return out
+    return chosen(None, condition, a, b, common_type(a, b))
 
 
 @serves("masked_fill_.Scalar", "masked_fill_.Tensor")
 def _masked(x: Tensor, mask: Tensor, value: Any) -> Tensor:
     if mask.dtype is not torch.bool or (isinstance(value, Tensor) and value.dim()):
         raise Declined
-    return _chosen(x, mask, value, x, x.dtype)
+    return chosen(x, mask, value, x, x.dtype)
 
 
 # -- gradients -------------------------------------------------------------------------------------
@@ -465,78 +391,7 @@ def _leaky_backward(slope: Tensor, x: Tensor, by: float, is_result: bool) -> Ten
     return pointwise("leaky_relu_gradient", (slope, x, by), x.dtype)
 
 
-# -- copies and fills ------------------------------------------------------------------------------
-
-
-def copied(source: Tensor, out: Tensor) -> Tensor:
-    """The elements in another tensor of the device, which they are broadcast to."""
-    if not out.numel():
-        return out
-    here, there, on = array(source), array(out), stream(out)
-    if here.dtype == there.dtype:
-        strided.copied(here, on, there)
-        return out
-    text.require(on.device, on._opened.backend.target, here.dtype, there.dtype)
-    strided.elementwise("astype", (here,), cast_in(here.dtype, there.dtype), there.dtype, on, there)
-    return out
-
-
-def cast_in(source: DType, to: DType) -> DType:
-    """The type that a conversion calculates in."""
-    if to.kind == "bool" or (source.kind == "float" and to.kind in ("int", "uint")):
-        return source
-    if to.nbytes < source.nbytes and source.kind == to.kind:
-        return source
-    return to
-
-
-@serves("_copy_from")
-def _copy_from(source: Tensor, out: Tensor, non_blocking: bool = False) -> Tensor:
-    if source.device != out.device:
-        raise Declined
-    if source.is_neg() or out.is_neg():
-        raise Declined
-    return copied(source, out)
-
-
-@serves("fill_.Scalar")
-def _fill(x: Tensor, value: Any) -> Tensor:
-    if x.numel():
-        kind = kind_of(x.dtype)
-        strided.elementwise("astype", (number(value, kind),), kind, kind, stream(x), array(x))
-    return x
-
-
-@serves("fill_.Tensor")
-def _fill_from(x: Tensor, value: Tensor) -> Tensor:
-    return _fill(x, value.item()) if value.is_cpu else copied(value.expand(x.shape), x)
-
-
-@serves("zero_")
-def _zero(x: Tensor) -> Tensor:
-    return _fill(x, 0)
-
-
-@serves("arange.start_out")
-def _arange(start: Any, end: Any, step: Any = 1, *, out: Tensor) -> Tensor:
-    if isinstance(start, int) and isinstance(step, int) and isinstance(end, int):
-        count = max(0, -((start - end) // step))
-    else:
-        count = max(0, int(-((start - end) // step)))
-    if out.numel() != count:
-        out.resize_(count)
-    return counted(out, start, step)
-
-
-def counted(out: Tensor, start: Any, step: Any) -> Tensor:
-    """``start + i step`` at each element ``i`` of a tensor without gaps."""
-    if not out.is_contiguous() or out.dtype is torch.bool:
-        raise Declined
-    if out.numel():
-        kind = kind_of(out.dtype)
-        first, by = number(start, kind), number(step, kind)
-        run("count", indexing.source, out, indexing.rule(out.numel()), out, first, by, out.numel())
-    return out
+# -- triangles -------------------------------------------------------------------------------------
 
 
 def _triangle(aten: str, name: str) -> None:
@@ -548,10 +403,8 @@ def _triangle(aten: str, name: str) -> None:
         columns = counted(new(x, (x.shape[-1],), torch.int64), 0, 1)
         kept = pointwise(name, (columns, rows))
         out = new(x, x.shape) if out is None else out
-        return _chosen(out, kept, x, 0, x.dtype)
+        return chosen(out, kept, x, 0, x.dtype)
 
 
 _triangle("tril", "less_equal")
 _triangle("triu", "greater_equal")
-
-__all__ = ["DTYPES", "KINDS", "Array", "cast_in", "copied", "counted", "pointwise"]
