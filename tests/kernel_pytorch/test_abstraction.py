@@ -7,7 +7,9 @@ from importlib.util import find_spec
 
 import pytest
 
-from .conftest import Script
+from .conftest import LIMIT, Script
+
+pytestmark = LIMIT
 
 REFUSED = """
     from drivetrain.errors import BadInput, CompileError, DrivetrainError, Unsupported

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from .conftest import Script
+from .conftest import LIMIT, Script
 from .test_abstraction import REFUSED
+
+pytestmark = LIMIT
 
 # As the guide prints it.
 REGISTERED = """

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from .conftest import LIMIT
+
+pytestmark = LIMIT
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -21,7 +24,7 @@ def run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=110,
+        timeout=280,
     )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .conftest import Script
+from .conftest import LIMIT, Script
+
+pytestmark = LIMIT
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs/kernel_pytorch.md").read_text()
 NAMES = """

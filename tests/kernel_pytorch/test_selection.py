@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from .conftest import Script
+from .conftest import LIMIT, Script
+
+pytestmark = LIMIT
 
 QUICK_START = """
     from kernel_pytorch.distributed_scale import HardwareAdapter

@@ -80,14 +80,13 @@ def test_a_script_that_cannot_be_read_is_run_all_the_same(home: Home) -> None:
     assert "SyntaxError" in hosted.err
 
 
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def machine(monkeypatch: pytest.MonkeyPatch, driver: str) -> None:
     """A processor that scores better than a GPU, as placement sees them."""
     cpu = hal.device("cpu:0")
     facts = replace(
-        cpu.info, driver="cuda", uuid="GPU-1", isolation=Isolation(torch_device="cuda:0")
+        cpu.info, driver=driver, uuid="GPU-1", isolation=Isolation(torch_device="cuda:0")
     )
-    gpu = Device("cuda:0", facts, "GPU-1")
+    gpu = Device(f"{driver}:0", facts, "GPU-1")
 
     def candidate(device: Device, busy: float) -> Candidate:
         kind = device.isolation().torch_device.partition(":")[0]
@@ -108,21 +107,29 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Placer, "candidates", lambda self: pairs)
 
 
+@pytest.mark.parametrize("driver", ["cuda", "hip"])
 @pytest.mark.parametrize(
     ("text", "more", "address"),
     [
         ("import torch\n", {}, "cpu:0"),
         ("import torch\nd = 'cuda' if torch.cuda.is_available() else 'cpu'\n", {}, "cpu:0"),
-        ("import torch\nx = torch.ones(1).cuda()\n", {}, "cuda:0"),
-        ("import torch\nx = torch.ones(1, device='cuda:0')\n", {}, "cuda:0"),
+        ("import torch\nx = torch.ones(1).cuda()\n", {}, "gpu:0"),
+        ("import torch\nx = torch.ones(1, device='cuda:0')\n", {}, "gpu:0"),
         ("import torch\nx = torch.ones(1).cuda()\n", {"prefer": ["cpu"]}, "cpu:0"),
         ("import torch\nx = torch.ones(1).cuda()\n", {"on": "cpu:0"}, "cpu:0"),
         ("import torch\nx = torch.ones(1).xpu()\n", {}, "cpu:0"),
     ],
 )
 def test_a_script_goes_to_the_kind_of_device_that_it_names(
-    tmp_path: Path, machine: None, text: str, more: dict[str, object], address: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    text: str,
+    more: dict[str, object],
+    address: str,
+    driver: str,
 ) -> None:
+    machine(monkeypatch, driver)
+    address = address.replace("gpu", driver)
     script = tmp_path / "train.py"
     script.write_text(text)
     with closing(Database(tmp_path / "store.sqlite")) as database:
@@ -131,11 +138,11 @@ def test_a_script_goes_to_the_kind_of_device_that_it_names(
         ranked = [each.address for each in placer.ranked()]
     assert device.address == placement["device"] == address
     unasked = "is_available" not in text and "torch.ones" in text
-    fails = unasked and address != "cuda:0"
+    fails = unasked and address == "cpu:0"
     assert any("fails when" in warning for warning in placement["warnings"]) == fails
     if not more:
         assert ranked[0] == address
-        assert sorted(ranked) == ["cpu:0", "cuda:0"]
+        assert sorted(ranked) == ["cpu:0", f"{driver}:0"]
 
 
 @pytest.mark.gpu

@@ -28,6 +28,8 @@ GB = 1_000_000_000
 """Bytes in the guide's GB."""
 
 _TORCH_NAMES = {"cuda": "cuda", "hip": "cuda", "sycl": "xpu", "level_zero": "xpu"}
+_AMD_MATRIX = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+_AMD_FLOAT8 = ("gfx94", "gfx95", "gfx12")
 _OWN_VENDORS = ("nvidia", "amd", "intel")
 _FLOPS_PER_CYCLE = (("avx512", 64), ("fma", 32), ("avx2", 32), ("neon", 32))
 """float32 operations a core does in a cycle at most: two units, a fused multiply-add each."""
@@ -243,6 +245,8 @@ def _major(device: Device) -> int:
 def _has_matrix_units(device: Device) -> bool:
     if device.driver == "cuda":
         return _major(device) >= 7
+    if device.driver == "hip":
+        return device.capabilities.compute.startswith(_AMD_MATRIX)
     return any(word.startswith(("amx", "sme")) for word in device.capabilities.features)
 
 
@@ -253,9 +257,12 @@ def _precisions(device: Device) -> tuple[str, ...]:
     if device.driver == "cuda":
         found += ["float16"] if _major(device) >= 6 else []
         found += ["bfloat16"] if _major(device) >= 8 else []
-        found += (
-            ["float8"] if device.capabilities.compute in ("8.9",) or _major(device) >= 9 else []
-        )
+        has_float8 = device.capabilities.compute == "8.9" or _major(device) >= 9
+        found += ["float8"] if has_float8 else []
+    elif device.driver == "hip":
+        found += ["float16"]
+        found += ["bfloat16"] if _has_matrix_units(device) else []
+        found += ["float8"] if device.capabilities.compute.startswith(_AMD_FLOAT8) else []
     else:
         found += ["bfloat16"] if "bf16" in words else []
         found += ["float16"] if "fp16" in words else []
