@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from drivetrain.errors import BadInput
+from drivetrain.errors import BadInput, DeviceLost
 from drivetrain.pytorch.optimize import cache as caching
 from drivetrain.pytorch.optimize import flags
 from drivetrain.pytorch.optimize.capabilities import facts_of, torch_device
@@ -84,13 +84,14 @@ def optimize(
     ``in_place``: then the plan found is applied to them. A plan that was found is kept for this
     structure, torch and device; ``cache`` False neither reads nor keeps it, ``refresh`` only keeps.
 
-    Raises BadInput for arguments that cannot be meant and for a model that does not run.
+    Raises BadInput for arguments that cannot be meant and for a model that does not run, DeviceLost
+    where a step took the device down: the next search, in another process, leaves it out.
     """
     _check(model, objective, tolerance, optimizer, steps, seconds)
     facts = facts_of(torch_device(device))
     started = time.monotonic()
     with flags.kept(facts.device):
-        subject = Subject(model, facts, Arguments.of(example_inputs), optimizer, loss)
+        subject = Subject(model, facts, Arguments.of(example_inputs), optimizer, loss, objective)
         offered = (*builtin(subject), *steps)
         names = [step.name for step in offered]
         skipped = {name for name in names if any(fnmatchcase(name, each) for each in skip)}
@@ -108,7 +109,13 @@ def optimize(
         search = Search(
             subject, offered, objective, tolerance, seconds, progress or (lambda what: None)
         )
-        best = search.run()
+        search.fatal = caching.fatal(key, home=home) if cache is True else frozenset()
+        try:
+            best = search.run()
+        except DeviceLost as error:
+            if cache:
+                caching.note_fatal(key, error.op, home=home)
+            raise
         report = _report(search, best, started)
         if cache and not any("are left" in trial.reason for trial in report.trials):
             caching.save(key, report, home=home)

@@ -17,12 +17,13 @@ from drivetrain.pytorch.optimize.report import Report
 from drivetrain.pytorch.optimize.steps import Step
 from drivetrain.pytorch.optimize.subject import Subject
 
-__all__ = ["FILE", "forget", "key_of", "load", "save", "signature"]
+__all__ = ["FILE", "fatal", "forget", "key_of", "load", "note_fatal", "save", "signature"]
 
 FILE = "optimize.json"
 ENTRIES = 256
 """The oldest go first."""
 FORM = 1
+_NONE: frozenset[str] = frozenset()
 
 
 def signature(model: nn.Module) -> str:
@@ -100,11 +101,27 @@ def load(key: str, *, home: Path | None = None) -> Report | None:
 
 
 def save(key: str, report: Report, *, home: Path | None = None) -> None:
+    _put(key, {"report": json.loads(json.dumps(report.as_json()))}, home)
+
+
+def _put(key: str, facts: dict[str, Any], home: Path | None) -> None:
     path = _path(home)
     known = {k: v for k, v in config.read_json(path).items() if isinstance(v, dict)}
-    known[key] = {"at": time.time(), "report": json.loads(json.dumps(report.as_json()))}
+    known[key] = {**known.get(key, {}), **facts, "at": time.time()}
     newest = sorted(known, key=lambda k: -float(known[k].get("at", 0)))[:ENTRIES]
     config.write_json(path, {k: known[k] for k in newest})
+
+
+def fatal(key: str, *, home: Path | None = None) -> frozenset[str]:
+    """Steps that took the device down when this search was made before."""
+    entry = config.read_json(_path(home)).get(key)
+    names = entry.get("fatal") if isinstance(entry, dict) else None
+    return frozenset(n for n in names if isinstance(n, str)) if isinstance(names, list) else _NONE
+
+
+def note_fatal(key: str, step: str, *, home: Path | None = None) -> None:
+    """The next search leaves ``step`` out."""
+    _put(key, {"fatal": sorted({*fatal(key, home=home), step})}, home)
 
 
 def forget(*, home: Path | None = None) -> None:

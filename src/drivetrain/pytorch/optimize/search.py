@@ -115,6 +115,8 @@ class Search:
     seconds: float | None
     """What the whole may take; checked before each step, not within one."""
     progress: Callable[[str], None] = lambda what: None
+    fatal: frozenset[str] = frozenset()
+    """Steps that took the device down in an earlier process."""
     trials: list[Trial] = field(default_factory=list)
     compilations: int = 0
     _lost: dict[str, float] = field(default_factory=dict)
@@ -145,8 +147,8 @@ class Search:
         return self._confirmed()
 
     def _gate(self, step: Step) -> str:
-        if self.objective == "memory" and step.name in GRAPHED:
-            return "a captured graph holds the memory of its calls for good"
+        if step.name in self.fatal:
+            return "it took the device down in an earlier process"
         try:
             return step.gate(self.subject)
         except Exception as error:  # a gate of somebody's own step

@@ -34,6 +34,9 @@ GROUPS = (
 """In the order in which their changes are made. A plan has one step of each, but any of ``own``."""
 
 
+HOLDS = "a captured graph holds the memory of its calls for good"
+
+
 @dataclass(frozen=True)
 class Step:
     """One thing to try. ``change`` is given the candidate in the making and changes it.
@@ -130,13 +133,13 @@ def _precision() -> tuple[Step, ...]:
             "bf16-weights",
             transforms.weights(torch.bfloat16),
             "precision",
-            _inference(master, lambda s: _floats(s) or s.facts.bf16),
+            _inference(master, lambda s: _floats(s) or _smaller(s, s.facts.bf16)),
         ),
         Step(
             "fp16-weights",
             transforms.weights(torch.float16),
             "precision",
-            _inference(scaler, lambda s: _floats(s) or s.facts.fp16),
+            _inference(scaler, lambda s: _floats(s) or _smaller(s, s.facts.fp16)),
         ),
         Step(
             "bf16-autocast",
@@ -155,6 +158,11 @@ def _precision() -> tuple[Step, ...]:
 
 def _tf32(subject: Subject) -> str:
     return _floats(subject) or subject.facts.tf32
+
+
+def _smaller(subject: Subject, slow: str) -> str:
+    """What the hardware only emulates is slow, and half the size all the same."""
+    return "" if subject.objective == "memory" else slow
 
 
 def _floats(subject: Subject) -> str:
@@ -246,6 +254,8 @@ def _fused_gate(subject: Subject) -> str:
 def _graph_gate(subject: Subject) -> str:
     if subject.training:
         return "in training, compile-reduce-overhead captures the graphs"
+    if subject.objective == "memory":
+        return HOLDS
     return subject.facts.graphs
 
 
@@ -255,6 +265,8 @@ def _compiling() -> tuple[Step, ...]:
             if subject.facts.compiler:
                 return subject.facts.compiler
             graphs = mode in ("reduce-overhead", "max-autotune")
+            if graphs and subject.objective == "memory":
+                return HOLDS
             if graphs and subject.facts.graphs:
                 same = "default" if mode == "reduce-overhead" else "max-autotune-no-cudagraphs"
                 return f"{subject.facts.graphs}; without them it is the same as {same}"

@@ -78,10 +78,12 @@ class Subject:
         inputs: Arguments,
         optimizer: Optimizer | None,
         loss: Callable[[Any], Tensor] | None,
+        objective: str = "latency",
     ) -> None:
         self.facts = facts
         self.device = facts.device
         self.training = model.training
+        self.objective = objective
         self._source = model, optimizer
         self.loss = loss or _mean_square
         self.model, self.optimizer = self.copy()

@@ -183,8 +183,18 @@ class _Captured:
                 self._call(*args, **kwargs)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        torch.clear_autocast_cache()  # weights cast outside would be freed, and read, after it
+        # What is cached across calls must live in the graph's own pool: weights cast by autocast
+        # outside of it, or a workspace of cuBLAS, would be freed by others and used by its replays
+        # (torch.compile's graphs clear the workspaces too, when they are recorded).
+        _forget_caches()
         with torch.cuda.graph(graph):
             out = self._call(*args, **kwargs)
-        torch.clear_autocast_cache()
+        _forget_caches()
         return graph, static, out
+
+
+def _forget_caches() -> None:
+    torch.clear_autocast_cache()
+    clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
+    if clear is not None:
+        clear()
