@@ -157,6 +157,15 @@ OWN_MEMORY = """
     adapter = CustomASICAdapter()
     backend = adapter.create_communication_backend()
     assert backend == "custom" and "chip" in backend.reason
+    import torch.distributed as dist
+    def collectives(store, rank, size, timeout):
+        return dist.ProcessGroupGloo(store, rank, size, timeout)
+    dist.Backend.register_backend("chip", collectives, devices=["chip"])
+    backend = adapter.create_communication_backend()
+    assert backend == "custom" and backend.available
+    backend.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.get_backend() == "chip"
+    dist.destroy_process_group()
     print("held")
 """
 

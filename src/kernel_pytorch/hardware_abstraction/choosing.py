@@ -71,7 +71,7 @@ def _candidate(spec: DeviceSpec) -> policy.Candidate:
         total_bytes=int(told.memory_gb * GB),
         free_bytes=int(told.available_memory_gb * GB),
         domain=spec.device.memory_domain,
-        utilisation=spec.device.telemetry().utilisation,
+        utilisation=told.utilisation,
         features=frozenset(features),
         peaks={name: rate * 1e12 for name, rate in rates.items()},
         by_name_only=spec.device.info.by_name_only,

@@ -98,6 +98,9 @@ class HardwareCapabilities:
     """It does no more than this: what was measured, or what a processor's cores can at the fastest
     clock that there is. None where nothing is ruled out."""
 
+    utilisation: float | None = None
+    """Share of the last sampling period that it was busy, in [0, 1]; None where it is not told."""
+
     def may_reach(self, tflops: float) -> bool:
         """False only where a measurement or a ceiling rules it out."""
         return self.ceiling_tflops is None or self.ceiling_tflops >= tflops
@@ -127,7 +130,9 @@ class DeviceSpec:
 def capabilities_of(device: Device) -> HardwareCapabilities:
     """Facts about a device now, without a compute context."""
     told = device.capabilities
-    memory = device.memory()
+    now = device.telemetry()  # one reading: each costs milliseconds
+    total = now.memory_total_bytes or device.info.memory_bytes
+    free = total - min(total, now.memory_used_bytes or 0)
     measured = calibration.load(device)
     peaks = {k: v / 1e12 for k, v in measured.peak_flops.items()} if measured else {}
     precisions = _precisions(device)
@@ -141,8 +146,8 @@ def capabilities_of(device: Device) -> HardwareCapabilities:
     return HardwareCapabilities(
         device_name=device.name,
         vendor=vendor_of(device),
-        memory_gb=memory.total_bytes / GB,
-        available_memory_gb=memory.free_bytes / GB,
+        memory_gb=total / GB,
+        available_memory_gb=free / GB,
         compute_tflops=rate,
         compute_basis=basis,
         architecture=told.compute,
@@ -153,6 +158,7 @@ def capabilities_of(device: Device) -> HardwareCapabilities:
         supports_custom_kernels="compute" in told.groups,
         peak_tflops=peaks,
         ceiling_tflops=ceiling,
+        utilisation=now.utilisation,
     )
 
 

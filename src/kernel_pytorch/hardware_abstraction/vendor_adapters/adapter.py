@@ -21,10 +21,13 @@ class CommunicationBackend(str):
     available: bool
     reason: str
     """Why not; empty when it is available."""
+    torch_name: str
+    """What torch.distributed calls it: of ``custom``, the device's own collectives."""
 
-    def __new__(cls, name: str, reason: str = "") -> CommunicationBackend:
+    def __new__(cls, name: str, reason: str = "", torch_name: str = "") -> CommunicationBackend:
         made = super().__new__(cls, name)
         made.available, made.reason = not reason, reason
+        made.torch_name = torch_name or name
         return made
 
     def init_process_group(self, **arguments: Any) -> None:
@@ -38,7 +41,7 @@ class CommunicationBackend(str):
             )
         import torch.distributed as dist
 
-        dist.init_process_group(str(self), **arguments)
+        dist.init_process_group(self.torch_name, **arguments)
 
 
 class VendorAdapter(ABC):

@@ -94,25 +94,10 @@ class CustomASICAdapter(VendorAdapter):
         plugins = torch.distributed.Backend._plugins if torch.distributed.is_available() else {}
         if name.upper() not in plugins:
             return CommunicationBackend("custom", f"{name} brought no collectives of its own")
-        return _Custom(name)
+        return CommunicationBackend("custom", torch_name=name)
 
     def optimize_memory_layout(self, tensor: Tensor) -> Tensor:
         return contiguous(tensor)
-
-
-class _Custom(CommunicationBackend):
-    """``custom``, which starts the registered device's own collectives."""
-
-    def __new__(cls, device: str) -> _Custom:
-        made = super().__new__(cls, "custom")
-        assert isinstance(made, cls)
-        made.device = device
-        return made
-
-    device: str
-
-    def init_process_group(self, **arguments: object) -> None:
-        CommunicationBackend(self.device).init_process_group(**arguments)
 
 
 _ADAPTERS: dict[HardwareVendor, type[VendorAdapter]] = {
