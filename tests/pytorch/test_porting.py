@@ -151,6 +151,11 @@ GUARDED = [
     "ok = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)",
     "def f():\n    if not torch.cuda.is_available():\n        return\n    torch.cuda.synchronize()",
     "try:\n    import apex\nexcept ImportError:\n    apex = None",
+    "try:\n    import apex\nexcept (ImportError, OSError):\n    apex = None",
+    "try:\n    subprocess.run(['nvidia-smi'])\nexcept Exception:\n    pass",
+    "if torch.cuda.device_count() == 0:\n    x = 1\nelse:\n    x.cuda()",
+    "if torch.cuda.device_count() > 1:\n    x.cuda()",
+    "if hasattr(torch, 'xpu'):\n    x.xpu()",
     "try:\n    x.cuda()\nexcept RuntimeError:\n    pass",
 ]
 UNGUARDED = [
@@ -158,6 +163,10 @@ UNGUARDED = [
     "if not torch.cuda.is_available():\n    raise SystemExit('a GPU, please')\nmodel.cuda()",
     "if not torch.cuda.is_available():\n    model.cuda()",
     "if big:\n    model.cuda()",
+    "if hasattr(args, 'big'):\n    model.cuda()",
+    "if torch.cuda.device_count() == 0:\n    model.cuda()",
+    "try:\n    model.cuda()\nexcept KeyboardInterrupt:\n    pass",
+    "try:\n    a()\n    b()\n    c()\n    model.cuda()\nexcept Exception:\n    print('no')",
     "try:\n    import apex\nexcept ImportError:\n    raise",
     "device = 'cpu' if torch.cuda.is_available() else 'cuda'",
 ]

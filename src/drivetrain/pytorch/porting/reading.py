@@ -21,6 +21,11 @@ _ASKS = re.compile(
 )
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 _LEAVES = (ast.Return, ast.Raise, ast.Continue, ast.Break)
+_ABSENT = {"ImportError", "ModuleNotFoundError", "AttributeError", "FileNotFoundError"}
+_BROAD = {"Exception", "BaseException", "RuntimeError", "AssertionError", "OSError"}
+_BROAD |= {"NotImplementedError", "subprocess.CalledProcessError", "subprocess.SubprocessError"}
+_SHORT = 3
+"""Statements of a ``try`` that is about one thing."""
 _LEAVING_CALLS = {"exit", "quit", "sys.exit", "os._exit"}
 
 
@@ -93,11 +98,13 @@ class _Reader:
                 return True
             if isinstance(node, ast.Compare) and any(map(_is_device_type, ast.walk(node))):
                 return True
-            if isinstance(node, ast.Call) and self._names.dotted(node.func) in (
-                "hasattr",
-                "importlib.util.find_spec",
-            ):
-                return True
+            if isinstance(node, ast.Call):
+                called = self._names.dotted(node.func)
+                of = self._names.dotted(node.args[0]) if node.args else ""
+                if called == "importlib.util.find_spec" or (
+                    called == "hasattr" and of.partition(".")[0] == "torch"
+                ):
+                    return True
         return False
 
     def _denied(self, test: ast.expr) -> bool:
@@ -105,7 +112,11 @@ class _Reader:
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
             return self._asks(test.operand)
         if isinstance(test, ast.Compare) and len(test.ops) == 1:
-            return isinstance(test.ops[0], (ast.NotEq, ast.Is)) and self._asks(test)
+            (op,), (right,) = test.ops, test.comparators
+            none = isinstance(right, ast.Constant) and right.value in (None, 0, 1)
+            few = none and isinstance(op, (ast.Eq, ast.Is, ast.Lt, ast.LtE))
+            other = isinstance(op, ast.NotEq) and not none
+            return (few or other) and self._asks(test)
         return False
 
     # -- statements, in order -----------------------------------------------------------------
@@ -128,7 +139,7 @@ class _Reader:
         if isinstance(node, ast.Assert) and self._asks(node.test) and not self._denied(node.test):
             self._demand(node.test, asked)
         if isinstance(node, ast.Try):
-            tolerant = any(map(self._tolerates, node.handlers))
+            tolerant = any(self._tolerates(each, len(node.body)) for each in node.handlers)
             self.block(node.body, asked=asked or tolerant)
             for handler in node.handlers:
                 self.block(handler.body, asked=asked)
@@ -159,8 +170,13 @@ class _Reader:
         if tie is not None:
             self._add(test, tie, asked)
 
-    def _tolerates(self, handler: ast.ExceptHandler) -> bool:
-        """True for ``except ImportError`` and broader, that do not raise again."""
+    def _tolerates(self, handler: ast.ExceptHandler, length: int) -> bool:
+        """True for ``except ImportError`` and its kin, that do not raise again. A long body under
+        ``except Exception`` is a program under its last guard, which asks nothing."""
+        kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+        names = {"Exception" if k is None else self._names.dotted(k) for k in kinds}
+        if not names & _ABSENT and not (names & _BROAD and length <= _SHORT):
+            return False
         if any(isinstance(part, ast.Raise) for part in ast.walk(handler)):
             return False
         calls = (part for part in ast.walk(handler) if isinstance(part, ast.Call))
