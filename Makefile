@@ -34,9 +34,9 @@ lint: setup
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-# Lint goes first, so that the last line is pytest's own summary.
+# Lint goes first, so that the last line is pytest's own summary. A file's tests stay together.
 test: lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # A folder of its own: in .venv torch would find it and use it.
 test-vendors: setup
@@ -69,4 +69,4 @@ lock: setup
 clean:
 	rm -rf .venv build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	rm -f src/drivetrain/hal/*.so demo-report.json demo-report.html
-	find src tests examples benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests examples demos benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
