@@ -246,7 +246,7 @@ CHIPS = {
 def installed_toychip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The driver on the page as an installed package, two chips (one adds wrongly), own state."""
     text = (ROOT / "docs/write_a_driver.md").read_text()
-    (code,) = [body for language, body in FENCE.findall(text) if language == "python"]
+    code, *_ = [body for language, body in FENCE.findall(text) if language == "python"]
     (toml,) = [body for language, body in FENCE.findall(text) if language == "toml"]
     site, chips = tmp_path / "site", tmp_path / "chips"
     metadata = site / "toychip_drivetrain-1.0.dist-info"

@@ -61,16 +61,20 @@ typedef struct {
     int timing;
 } event;
 
-typedef struct {
-    void *library;
-    int functions;
-} module;
-
-typedef struct {
+typedef struct function {
+    struct function *next;
+    struct module *module;
     dt_cpu_kernel kernel;
     uint32_t count;
     int32_t *sizes;
 } function;
+
+/* Loaded code. It goes with the last of who hold it: the caller, and queued launches. */
+typedef struct module {
+    void *library;
+    function *functions;
+    _Atomic int refs;
+} module;
 
 typedef struct block {
     struct block *next, *previous;
@@ -88,6 +92,7 @@ typedef struct command {
     uint64_t nbytes;
     void *held; /* freed when it is done: staged host memory, arguments */
     mark *mark;
+    module *module;
     dt_cpu_kernel kernel;
     dt_cpu_range range;
     uint32_t width;
@@ -135,6 +140,18 @@ static void release(mark *mark) {
     if (mark && --mark->refs == 0) free(mark);
 }
 
+static void let_go(module *module) {
+    if (!module || --module->refs) return;
+    while (module->functions) {
+        function *function = module->functions;
+        module->functions = function->next;
+        free(function->sizes);
+        free(function);
+    }
+    dlclose(module->library);
+    free(module);
+}
+
 static void give_back(chip *chip, block *block) {
     if (block->previous) block->previous->next = block->next;
     else chip->blocks = block->next;
@@ -168,6 +185,7 @@ static void *run(void *argument) {
         while (command->kind == WAIT && !command->mark->done) changed(chip, INT64_MAX);
         pthread_mutex_unlock(&chip->lock);
         int code = do_command(command);
+        let_go(command->module);
         pthread_mutex_lock(&chip->lock);
         if (code && !stream->failed) {
             stream->failed = 1;
@@ -576,24 +594,31 @@ static int module_load(void *device, const void *code, uint64_t nbytes, const ch
         free(module);
         return fail(DT_REJECTED, dlerror());
     }
+    module->refs = 1;
     *made = module;
     return DT_OK;
 }
 
-/* The code stays: what was queued may still run it, and functions live as long as the process. */
 static int module_unload(void *of) {
-    free(of);
+    let_go(of); /* what was queued still runs */
     return DT_OK;
 }
 
 static int function_find(void *of, const char *symbol, void **made) {
     char name[512];
     snprintf(name, sizeof name, "dt_cpu_%s", symbol);
-    void *kernel = dlsym(((module *)of)->library, name);
+    module *module = of;
+    void *kernel = dlsym(module->library, name);
     if (!kernel) return fail(DT_NO_SUCH_KERNEL, "the module exports no such kernel");
     function *found = calloc(1, sizeof *found);
     if (!found) return fail(DT_OUT_OF_MEMORY, "the host has no memory");
     memcpy(&found->kernel, &kernel, sizeof kernel);
+    found->module = module;
+    static pthread_mutex_t finding = PTHREAD_MUTEX_INITIALIZER;
+    pthread_mutex_lock(&finding);
+    found->next = module->functions;
+    module->functions = found;
+    pthread_mutex_unlock(&finding);
     *made = found;
     return DT_OK;
 }
@@ -630,6 +655,8 @@ static int launch(void *of, const uint32_t grid[3], const uint32_t block[3], uin
     }
     command->held = held;
     command->kernel = function->kernel;
+    command->module = function->module;
+    command->module->refs++;
     for (int i = 0; i < 3; i++) {
         command->range.grid[i] = grid[i];
         command->range.block[i] = block[i];
