@@ -89,8 +89,8 @@ class DeviceInfo:
     fault: str = ""
     """Why the driver itself calls the device unusable; empty when it does not."""
     by_name_only: bool = False
-    """It is another way to use processors that have a driver of their own: never the default, and
-    chosen by ``auto`` only when preferred by name."""
+    """It is another way to use processors that have a driver of their own, or runs no kernels:
+    never the default, and chosen by ``auto`` only when preferred by name."""
     capabilities: Capabilities = field(default_factory=Capabilities)
     isolation: Isolation = field(default_factory=Isolation)
     telemetry: Telemetry = field(default_factory=Telemetry, hash=False, compare=False)

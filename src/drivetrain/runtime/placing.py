@@ -139,8 +139,9 @@ class Placer:
 
     @staticmethod
     def _by_name_only(device: Device) -> bool:
-        """Another runtime on the processor, or a route that PyTorch has no device for."""
-        return device.info.by_name_only or device.driver == "opencl"
+        """Another runtime on the processor, a route that PyTorch has no device for, or one on which
+        no job was shown yet."""
+        return device.info.by_name_only or device.driver in ("opencl", "hip")
 
     def _passed_over(self, device: Device) -> bool:
         """Whether it is used by name only, and the job does not name it."""

@@ -98,6 +98,7 @@ def discover() -> tuple[DeviceInfo, ...]:
             memory_bytes=each.memory_bytes or facts.maxMemAllocSize,
             memory_domain="host" if integrated else "",
             driver_version=str(each.driver_version),
+            by_name_only=True,  # who names no device wants one that runs kernels
             capabilities=Capabilities(
                 compute=f"{facts.deviceId:04x}",
                 cores=slices * facts.numEUsPerSubslice or None,
