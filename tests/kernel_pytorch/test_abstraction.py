@@ -209,6 +209,20 @@ PLANS = """
     work = [Work("large", 1e12, 4e3), Work("a", 1e6, 4e12, ("large",)), Work("b", 1e6, 1, ("a",))]
     made = plan(work, [slow, fast])
     assert made["large"] == "fast:0" and made["a"] == made["b"]
+    assert any("GB/s" in what for what in made.assumed)
+
+    # A measured link counts instead of the assumed one: so slow, nothing is sent over it.
+    from drivetrain import hal
+    from drivetrain.placement import calibration
+    def far(spec, uuid):
+        return replace(spec, device=replace(spec.device, uuid=uuid))
+    slow, fast = far(slow, "CPU-slow"), far(fast, "CPU-fast")
+    for one, other in ((slow, fast), (fast, slow)):
+        links, version = {other.device.uuid: 1e-9}, one.device.info.driver_version
+        facts = calibration.Calibration(one.device.uuid, version, "", 0.0, links=links)
+        calibration.save(one.device, facts)
+    made = plan(work, [slow, fast])
+    assert made.devices == {"fast:0": 3} and not any("GB/s" in what for what in made.assumed)
     both = plan([Work(f"n{i}", 1e9, 1) for i in range(20000)], [slow, fast])
     assert both.devices["fast:0"] > 1000 * both.devices["slow:0"] > 0
     print("held")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from drivetrain.errors import BadInput
+from drivetrain.placement import calibration
 from kernel_pytorch.hardware_abstraction.hal_core import DeviceSpec
 
 __all__ = ["ExecutionPlan", "Step", "Work", "plan", "work_of"]
@@ -87,17 +88,31 @@ def plan(work: Sequence[Work], devices: Sequence[DeviceSpec]) -> ExecutionPlan:
         elif spec.capabilities.compute_basis != "measured":
             assumed[f"{spec.address} does {rate:.3g} TFLOPS, as listed"] = None
         rates[spec.address] = rate * 1e12 if rate else _ASSUMED_FLOPS
-    if len(own) > 1:
+    links = _links(own)
+    if len(links) < len(own) * (len(own) - 1):
         assumed[f"copies between devices reach {_ASSUMED_LINK_BYTES_S / 1e9:g} GB/s"] = None
-    schedule = _Schedule(rates)
+    schedule = _Schedule(rates, links)
     for node in work:
         schedule.add(node)
     return ExecutionPlan(tuple(schedule.steps.values()), tuple(assumed))
 
 
+def _links(specs: Sequence[DeviceSpec]) -> dict[tuple[str, str], float]:
+    """Bytes a second between two devices, where ``drivetrain calibrate`` measured it."""
+    found = {}
+    for source in specs:
+        known = calibration.load(source.device)
+        for target in specs:
+            rate = known.links.get(target.device.uuid) if known is not None else None
+            if rate and source.address != target.address:
+                found[source.address, target.address] = rate * 1e9
+    return found
+
+
 class _Schedule:
-    def __init__(self, rates: dict[str, float]) -> None:
+    def __init__(self, rates: dict[str, float], links: dict[tuple[str, str], float]) -> None:
         self.steps: dict[str, Step] = {}
+        self._links = links
         self._rates = rates
         self._free = dict.fromkeys(rates, 0.0)
         self._nbytes: dict[str, float] = {}
@@ -114,9 +129,9 @@ class _Schedule:
         ready = self._free[address]
         for name in node.after:
             step = self.steps[name]
+            rate = self._links.get((step.address, address), _ASSUMED_LINK_BYTES_S)
             far = step.address != address
-            there = step.end_s + (self._nbytes[name] / _ASSUMED_LINK_BYTES_S if far else 0.0)
-            ready = max(ready, there)
+            ready = max(ready, step.end_s + (self._nbytes[name] / rate if far else 0.0))
         return ready + node.flops / self._rates[address]
 
 
