@@ -93,6 +93,21 @@ def _bernoulli_of(p: Tensor, *, generator: Any = None) -> Tensor:
     return _coins(new(p, p.shape), p, generator)
 
 
+@serves("native_dropout")
+def _dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    floating(x)
+    kept = new(x, x.shape, torch.bool)
+    if train is False or p == 0:
+        return x.clone(), kept.fill_(True)
+    _coins(kept, 1 - p, None)
+    return _dropped(x, kept, 0.0 if p == 1 else 1 / (1 - p)), kept
+
+
+@serves("native_dropout_backward")
+def _dropped(x: Tensor, kept: Tensor, scale: float) -> Tensor:
+    return pointwise("addcmul", (0.0, x, kept, scale), x.dtype)
+
+
 # -- optimizers ------------------------------------------------------------------------------------
 
 
