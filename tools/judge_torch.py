@@ -76,7 +76,7 @@ def run_share(tally: Tally, lock: threading.Lock, share: int, asked: argparse.Na
     start = 0
     while True:
         words = [sys.executable, str(HERE / "judge" / "worker.py"), tally.memory, asked.shim]
-        words += [str(share), str(PROCESSES), str(start), asked.only, str(asked.every)]
+        words += [str(share), str(asked.processes), str(start), asked.only, str(asked.every)]
         process = subprocess.Popen(
             words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
@@ -112,7 +112,7 @@ def judge(memory: str, asked: argparse.Namespace) -> Tally:
     tally, lock = Tally(memory), threading.Lock()
     threads = [
         threading.Thread(target=run_share, args=(tally, lock, share, asked))
-        for share in range(PROCESSES)
+        for share in range(asked.processes)
     ]
     for thread in threads:
         thread.start()
@@ -133,6 +133,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="a beginning of a group, or GROUP/NAME,...")
     parser.add_argument("--every", type=int, default=1, help="only each Nth entry")
     parser.add_argument("--shim", default="off", choices=("off", "auto", "require"))
+    parser.add_argument("--processes", type=int, default=PROCESSES)
     asked = parser.parse_args()
     right, words = True, []
     listed = expected()

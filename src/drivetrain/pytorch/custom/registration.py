@@ -9,8 +9,15 @@ from typing import Any
 
 import torch
 
-from drivetrain.errors import BadInput
-from drivetrain.pytorch.custom import accelerator, autocast, storage
+from drivetrain.errors import BadInput, Unsupported
+from drivetrain.pytorch.custom import (
+    accelerator,
+    autocast,
+    distributed,
+    dlpack_export,
+    dynamo,
+    storage,
+)
 from drivetrain.pytorch.custom.backward import one_thread
 from drivetrain.pytorch.custom.config import NOT_RENAMED, Config, name_of
 from drivetrain.pytorch.custom.hal_backend import HalBackend
@@ -31,6 +38,8 @@ _PRIVATE = (
     "torch._C._ExcludeDispatchKeyGuard",
 )
 """What is used of torch's private parts, looked for before anything is changed."""
+
+_SHIM = "drivetrain.pytorch.custom.shim"
 
 _lock = threading.Lock()
 _handle: Handle | None = None
@@ -232,17 +241,26 @@ def _registered(runtime: Runtime, registrar: Registrar) -> Handle:
 
 
 def _shim(runtime: Runtime) -> str:
-    """Load the shim as the configuration says; why it is not in use, or nothing."""
+    """Load the shim as the configuration says; why it is not in use, or nothing. Raises
+    Unsupported where it is required and cannot be had."""
     if runtime.config.shim == "off":
         return "switched off"
-    if importlib.util.find_spec("drivetrain.pytorch.custom.shim") is None:
-        return "not built"
-    return str(importlib.import_module("drivetrain.pytorch.custom.shim").use(runtime))
+    if importlib.util.find_spec(_SHIM) is not None:
+        return str(importlib.import_module(_SHIM).use(runtime))
+    reason = "this version of Drivetrain has no C++ shim"
+    if runtime.config.shim == "require":
+        raise Unsupported(
+            f"shim='require': {reason}; register with shim='auto', and see docs/custom_devices.md "
+            "for what is not there without it",
+            code="unsupported",
+            driver=runtime.name,
+            op="register_custom_device",
+        )
+    return reason
 
 
 def _optional(runtime: Runtime) -> None:
-    """What is registered only for a backend that has it."""
-    for part in ("dlpack_export", "dynamo", "distributed"):
-        name = f"drivetrain.pytorch.custom.{part}"
-        if importlib.util.find_spec(name) is not None:
-            importlib.import_module(name).register(runtime)
+    """What torch is told last: an exporter, a compiler, collectives."""
+    dlpack_export.register(runtime)
+    dynamo.register(runtime)
+    distributed.register(runtime)
