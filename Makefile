@@ -2,7 +2,8 @@
 # make test    lint, types, room order and all quick tests
 # make judge-torch    torch's own suites of operations, modules and optimizers on a custom device
 # make soak    each long proof in full
-# make test-vendors   what needs a heavy package: Triton's compilers for NVIDIA and AMD (1 GB on disk)
+# make test-vendors   what needs a heavy package: Triton's compilers for NVIDIA and AMD (1 GB on disk),
+#              and, where they are installed, Debian's hiprtc and headers (libamdhip64-dev, libze-dev)
 # make bench   times and ratios; ends 1 on a miss
 # make gpu-check [PYTHON=python3] [WHEELS=folder]   all that needs a GPU
 # make setup   ./.venv with the project installed; the others call it
@@ -43,7 +44,8 @@ test-vendors: setup
 	@test -d $(VENDORS)/triton || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --no-deps --target $(VENDORS) triton==3.9.0
 	@DRIVETRAIN_TEST_TRITON=$(VENDORS) $(BIN)/python -m pytest tests/hal/language/test_triton.py \
-	    tests/hal/drivers/test_hip_header.py
+	    tests/hal/drivers/test_hip_header.py tests/hal/drivers/test_level_zero_header.py -rs
+	@$(BIN)/python -m pytest tests/hal/kernels/test_compiled_for_amd.py -m "soak or not soak" -rs
 
 judge-torch: setup
 	@$(BIN)/python tools/judge_torch.py
