@@ -2,8 +2,7 @@
 # make test    lint, types, room order and all quick tests
 # make judge-torch    torch's own suites of operations, modules and optimizers on a custom device
 # make soak    each long proof in full
-# make test-vendors   what needs a heavy package: Triton's compilers for NVIDIA and AMD (1 GB on disk),
-#              and, where they are installed, Debian's hiprtc and headers (libamdhip64-dev, libze-dev)
+# make test-vendors   what needs a heavy package: Triton's compilers (1 GB on disk), AMD's hiprtc and headers
 # make bench   times and ratios; ends 1 on a miss
 # make gpu-check [PYTHON=python3] [WHEELS=folder]   all that needs a GPU
 # make setup   ./.venv with the project installed; the others call it
