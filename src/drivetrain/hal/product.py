@@ -160,7 +160,7 @@ def own(out: Array, a: Array, b: Array, batch: Shape, on: Stream) -> None:
         for part in (slice(None, n // 2), slice(n // 2, None)):
             own(out[..., part], a, b[..., part], batch, on)
         return
-    strips = opened(on.device).backend.target.kind == "cpu"
+    strips = _is_processor(on.device)
     if strips and n > 1 and b.strides[-1] != 1:
         b = strided.compact(b, on)
     steps = [layout.stretched(x.shape[:-2], x.strides[:-2], batch, "matmul") for x in (out, a, b)]
@@ -189,6 +189,14 @@ def own(out: Array, a: Array, b: Array, batch: Shape, on: Stream) -> None:
     )
     rule = gemm.rule(m, n, count, strips=strips)
     launch(found, on, rule, out.writes(on), a.reads(on), b.reads(on), packed)
+
+
+def _is_processor(device: Device) -> bool:
+    """Whether kernels run on the host's own cores: the cpu driver's, or an OpenCL runtime for them,
+    which is chosen by name only."""
+    if opened(device).backend.target.kind == "cpu":
+        return True
+    return device.info.memory_domain == "host" and device.info.by_name_only
 
 
 def _first(x: Array, rank: int) -> Array:
