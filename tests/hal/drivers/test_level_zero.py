@@ -18,6 +18,7 @@ import pytest
 from fakes import Fake
 
 from drivetrain.errors import DeviceLost, DriverMissing, HalError, OutOfMemory, Unsupported
+from drivetrain.hal import registry
 from drivetrain.hal.device import DeviceInfo
 from drivetrain.hal.drivers import level_zero, level_zero_backend
 from drivetrain.hal.drivers.level_zero_api import FUNCTIONS, Api, Ze
@@ -408,3 +409,17 @@ def test_no_driver_behind_the_loader_is_a_missing_driver(
     with pytest.raises(DriverMissing) as caught:
         level_zero_backend.seen(Api(fake))
     assert caught.value.native == Ze.RESULT_ERROR_UNINITIALIZED
+
+
+def test_one_card_seen_by_two_drivers_is_one_device_with_two_routes() -> None:
+    """OpenCL is listed: it runs kernels there."""
+    routes = [
+        DeviceInfo("opencl", 0, "Arc", "intel", "opencl-arc", pci="0000:03:00.0"),
+        DeviceInfo("level_zero", 0, "Arc", "intel", info(0).uuid, pci="0000:03:00.0"),
+        DeviceInfo("level_zero", 1, "Arc", "intel", info(1).uuid, pci="0000:04:00.0"),
+    ]
+    found = registry._arranged({}, routes)
+    assert [(d.address, d.routes) for d in found.listed] == [
+        ("opencl:0", ("opencl:0", "level_zero:0")),
+        ("level_zero:1", ("level_zero:1",)),
+    ]
