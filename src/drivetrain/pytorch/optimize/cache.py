@@ -27,14 +27,17 @@ _NONE: frozenset[str] = frozenset()
 
 
 def signature(model: nn.Module) -> str:
-    """A hash of the structure: classes, what they print of themselves, the code of ``forward``
-    where it is not torch's, and each tensor's name, shape, type and sharing. Not of the values."""
+    """A hash of the structure: classes, what they print of themselves, their plain attributes, the
+    code of ``forward`` where it is not torch's, and each tensor's name, shape, type and sharing;
+    not its values."""
     digest = hashlib.sha256()
     for name, part in model.named_modules():
         kind = type(part)
         digest.update(
             f"{name}|{kind.__module__}.{kind.__qualname__}|{part.extra_repr()}\n".encode()
         )
+        plain = {k: v for k, v in vars(part).items() if isinstance(v, (int, float, str))}
+        digest.update(repr(sorted(plain.items())).encode())
         code = getattr(kind.forward, "__code__", None)
         if code is not None and not kind.__module__.startswith("torch."):
             digest.update(code.co_code + repr(code.co_names).encode() + _constants(code))

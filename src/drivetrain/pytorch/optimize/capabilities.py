@@ -33,14 +33,22 @@ class Facts:
     tf32: str = ""
     int8: str = ""
     fp8: str = ""
-    compiler: str = ""
-    """Why ``torch.compile`` has no code generator for the device."""
     graphs: str = ""
     """Why calls cannot be captured as a CUDA graph."""
     torchao: str = ""
     """Why torchao cannot be used."""
     fused: frozenset[str] = field(default_factory=frozenset)
     """Device types on which torch has fused optimizers."""
+
+    @property
+    def compiler(self) -> str:
+        """Why ``torch.compile`` has no code generator for the device. Asking loads the compiler,
+        which takes seconds the first time."""
+        if self.device.type == "cpu":
+            return _cxx()
+        if self.device.type in ("cuda", "xpu"):
+            return _triton()
+        return f"torch's compiler makes no code for {self.device.type}"
 
 
 def torch_device(device: Any) -> torch.device:
@@ -115,13 +123,10 @@ def facts_of(device: torch.device) -> Facts:
         return Facts(name=_processor(), **{**common, **_cpu()})
     if device.type == "cuda":
         return Facts(name=torch.cuda.get_device_name(device), **{**common, **_cuda(device)})
-    other = f"torch's compiler makes no code for {device.type}"
     only_cuda = f"CUDA graphs are for CUDA, not {device.type}"
     unknown = f"whether {device.type} computes it in hardware is not told"
     if device.type == "xpu":
-        return Facts(
-            name="xpu", **common, compiler=_triton(), graphs=only_cuda, tf32=unknown, fp8=unknown
-        )
+        return Facts(name="xpu", **common, graphs=only_cuda, tf32=unknown, fp8=unknown)
     bf16 = "" if _amp(device, torch.bfloat16) else f"{device.type} has no autocast to bfloat16"
     fp16 = "" if _amp(device, torch.float16) else f"{device.type} has no autocast to float16"
     return Facts(
@@ -132,7 +137,6 @@ def facts_of(device: torch.device) -> Facts:
         tf32=f"TF32 is NVIDIA's, not {device.type}'s",
         int8=unknown,
         fp8=unknown,
-        compiler=other,
         graphs=only_cuda,
     )
 
@@ -150,7 +154,6 @@ def _cpu() -> dict[str, str]:
         "fp16": fp16,
         "tf32": "TF32 is a mode of NVIDIA's tensor cores",
         "fp8": "processors have no fp8 instructions",
-        "compiler": _cxx(),
         "graphs": "CUDA graphs are for CUDA, not cpu",
     }
 
@@ -173,7 +176,6 @@ def _cuda(device: torch.device) -> dict[str, str]:
         "tf32": "" if major >= 8 and not rocm else f"{have}; TF32 starts at NVIDIA's 8.0",
         "int8": "" if rocm or major >= 8 else f"{have}; int8 matrix products start at 8.0",
         "fp8": "" if (major, minor) >= (8, 9) else f"{have}; fp8 starts at 8.9",
-        "compiler": _triton(),
     }
 
 
