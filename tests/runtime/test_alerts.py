@@ -45,7 +45,8 @@ class Machine:
         self.store_fails = False
         self.patch = monkeypatch
         drivers, load = dict(hal.drivers()), metrics.on_disk.load
-        hal.devices()
+        only = hal.devices("cpu")[:1]  # one device, so that each fault is one alert
+        monkeypatch.setattr(hal, "devices", lambda: only)
         monkeypatch.setattr(registry, "telemetry", lambda device: self.reading)
         monkeypatch.setattr(registry, "refresh", lambda: None)
         verdict = lambda found: dict.fromkeys(found, Verdict(self.usable, 0.0, ""))  # noqa: E731
@@ -53,7 +54,7 @@ class Machine:
 
         def states() -> dict[str, Any]:
             return {
-                name: replace(info, state="broken") if name in self.broken else info
+                name: replace(info, state="broken" if name in self.broken else "usable")
                 for name, info in drivers.items()
             }
 
@@ -212,16 +213,12 @@ def judged(cases: list[dict[str, Any]], folder: Path) -> subprocess.CompletedPro
 def machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Machine]]:
     made = iter(range(100))
     monkeypatch.setenv("DRIVETRAIN_CPU_PARTITIONS", "1")
-    # One device, so that each fault is one alert.
-    (tmp_path / "drivetrain.toml").write_text('[drivers]\ndisable = ["opencl", "sycl"]\n')
-    monkeypatch.chdir(tmp_path)
     registry.refresh()
 
     def another() -> Machine:
         monkeypatch.undo()
         monkeypatch.setenv("DRIVETRAIN_CPU_PARTITIONS", "1")
         monkeypatch.setenv("DRIVETRAIN_HOME", str(tmp_path / f"home{next(made)}"))
-        monkeypatch.chdir(tmp_path)
         return Machine(monkeypatch)
 
     yield another

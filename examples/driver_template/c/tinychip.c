@@ -114,8 +114,8 @@ struct chip {
     stream *streams;
     block *blocks;
     uint64_t used, total;
-    int leaving; /* frees that are queued */
-    int index;
+    int leaving;  /* frees that are queued */
+    int dropping; /* what has not begun is not done any more */
 };
 
 static int64_t now_ns(void) {
@@ -183,8 +183,9 @@ static void *run(void *argument) {
             continue;
         }
         while (command->kind == WAIT && !command->mark->done) changed(chip, INT64_MAX);
+        int drop = chip->dropping;
         pthread_mutex_unlock(&chip->lock);
-        int code = do_command(command);
+        int code = drop ? 0 : do_command(command);
         let_go(command->module);
         pthread_mutex_lock(&chip->lock);
         if (code && !stream->failed) {
@@ -281,21 +282,24 @@ static int open_chip(uint32_t index, void **device) {
     pthread_cond_init(&made->changed, &clock);
     pthread_condattr_destroy(&clock);
     made->total = chip_bytes();
-    made->index = (int)index;
     *device = made;
     return DT_OK;
 }
 
 static int close_chip(void *device) {
     chip *chip = device;
-    int64_t deadline = deadline_of(INT64_C(10000000000));
+    int64_t deadline = deadline_of(INT64_C(5000000000));
     pthread_mutex_lock(&chip->lock);
     for (stream *each = chip->streams; each; each = each->next) each->ending = 1;
     pthread_cond_broadcast(&chip->changed);
     while (chip->streams)
         if (!changed(chip, deadline)) {
-            pthread_mutex_unlock(&chip->lock); /* left to itself, with all that it may touch */
-            return fail(DT_FAILED, "a kernel has not ended within 10 s; it goes on");
+            if (chip->dropping) {
+                pthread_mutex_unlock(&chip->lock); /* left to itself, with all it may touch */
+                return fail(DT_FAILED, "a kernel has not ended within 10 s; it goes on");
+            }
+            chip->dropping = 1;
+            deadline = deadline_of(INT64_C(5000000000));
         }
     while (chip->blocks) give_back(chip, chip->blocks);
     pthread_mutex_unlock(&chip->lock);
