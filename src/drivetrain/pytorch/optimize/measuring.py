@@ -41,6 +41,8 @@ class Comparison:
     rounds: int
     sure: bool
     """New was faster in three of four rounds, so that noise alone does not decide."""
+    spread: float
+    """Half the distance between the quartiles of old / new, relative to the speed-up."""
 
 
 def compare(
@@ -69,12 +71,16 @@ def compare(
         times.append((pair[0], pair[1]))
         if turn + 1 == FIRST and all(a < HOPELESS * b for a, b in times):
             break
+    ratios = [a / b for a, b in times]
+    speedup = statistics.median(ratios)
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (0.0, 0.0, 0.0)
     return Comparison(
         statistics.median(a for a, _ in times),
         statistics.median(b for _, b in times),
-        statistics.median(a / b for a, b in times),
+        speedup,
         len(times),
-        4 * sum(a > b for a, b in times) >= 3 * len(times),
+        4 * sum(ratio > 1 for ratio in ratios) >= 3 * len(times),
+        (high - low) / 2 / speedup,
     )
 
 
