@@ -17,8 +17,14 @@ LIMIT = pytest.mark.timeout(300)
 Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """One folder of compiled kernels for all tests here: compiling is most of their time."""
+    return {"DRIVETRAIN_CACHE": str(tmp_path_factory.mktemp("kernels"))}
+
+
 @pytest.fixture
-def script(tmp_path: Path) -> Script:
+def script(tmp_path: Path, kernels: dict[str, str]) -> Script:
     """Runs a text as ``script.py``; ``check=False`` for one that must fail."""
 
     def run(
@@ -29,7 +35,12 @@ def script(tmp_path: Path) -> Script:
         done = subprocess.run(
             [sys.executable, str(path), *args],
             cwd=tmp_path,
-            env={**os.environ, "DRIVETRAIN_HOME": str(tmp_path / "home"), **(environment or {})},
+            env={
+                **os.environ,
+                **kernels,
+                "DRIVETRAIN_HOME": str(tmp_path / "home"),
+                **(environment or {}),
+            },
             capture_output=True,
             text=True,
             check=False,

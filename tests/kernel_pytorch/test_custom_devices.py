@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from .conftest import LIMIT, Script
 from .test_abstraction import REFUSED
 
@@ -187,14 +189,17 @@ TUNED = """
     plain = SimpleNamespace(
         supports_tensor_core=False, supports_custom_kernels=False, supports_mixed_precision=False
     )
-    more = {"skip": ["channels*"], "seconds": 5, "cache": False}
+    import sys
+    search = sys.argv[1:] == ["search"]
+    more = {"skip": [] if search else ["*"], "seconds": 20, "cache": False}
     lazy = optimizer.optimize_for_hardware(net, plain, **more)
     assert lazy.report is None and {"compile-*", "bf16-*", "fp16-*", "tf32"} <= set(lazy.skip)
     with torch.no_grad():
         found = lazy(images)
     assert lazy.report is not None and lazy.device == torch.device("cpu")
     tried = {trial.step for trial in lazy.report.trials}
-    assert tried and not any(name.startswith(("compile", "bf16", "fp16")) for name in tried)
+    left_out = ("compile", "bf16", "fp16")
+    assert bool(tried) == search and not any(name.startswith(left_out) for name in tried)
     assert (found - expected).norm() <= 1e-2 * expected.norm()
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
@@ -231,5 +236,12 @@ def test_memory_of_the_backends_own_is_used_and_given_back(script: Script) -> No
     assert script(REFUSED + OWN_MEMORY).stdout == "held\n"
 
 
-def test_a_model_is_tuned_with_what_the_capabilities_allow(script: Script) -> None:
+def test_a_model_goes_to_its_target_with_the_steps_that_the_capabilities_allow(
+    script: Script,
+) -> None:
     assert script(REFUSED + TUNED).stdout == "held\n"
+
+
+@pytest.mark.soak
+def test_a_model_is_tuned_by_a_search(script: Script) -> None:
+    assert script(REFUSED + TUNED, "search").stdout == "held\n"

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,17 @@ pytestmark = LIMIT
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, kernels: dict[str, str]) -> Run:
+    """Runs a command of the guide, in a state folder of its own."""
+    environment = {**os.environ, **kernels, "DRIVETRAIN_HOME": str(tmp_path)}
+    return lambda *words: subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,
-        env={**os.environ, "DRIVETRAIN_HOME": str(home)},
+        env=environment,
         capture_output=True,
         text=True,
         check=False,
@@ -28,8 +35,8 @@ def run(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_enhanced_demo_shows_its_four_parts(tmp_path: Path) -> None:
-    done = run(tmp_path, "demos/hardware_abstraction/enhanced_multi_vendor_demo.py", "--quick")
+def test_the_enhanced_demo_shows_its_four_parts(run: Run) -> None:
+    done = run("demos/hardware_abstraction/enhanced_multi_vendor_demo.py", "--quick")
     assert done.returncode == 0, done.stderr
     titles = [line for line in done.stdout.splitlines() if not line.startswith(" ")]
     assert titles == [
@@ -44,17 +51,17 @@ def test_the_enhanced_demo_shows_its_four_parts(tmp_path: Path) -> None:
     assert "health" in done.stdout
 
 
-def test_the_first_demo_computes_the_same_on_every_device(tmp_path: Path) -> None:
-    done = run(tmp_path, "demos/hardware_abstraction/multi_vendor_demo.py", "--quick")
+def test_the_first_demo_computes_the_same_on_every_device(run: Run) -> None:
+    done = run("demos/hardware_abstraction/multi_vendor_demo.py", "--quick")
     assert done.returncode == 0, done.stderr
     assert "cpu:0        2x + 1 over 10000 numbers: equal to numpy's" in done.stdout
     assert "the same 40000 bytes" in done.stdout
 
 
-def test_the_benchmark_measures_what_is_there_and_writes_it(tmp_path: Path) -> None:
+def test_the_benchmark_measures_what_is_there_and_writes_it(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "hal_results.json"
     words = ("benchmarks/hardware_abstraction_benchmark.py", "--quick", "--output", str(out))
-    done = run(tmp_path, *words)
+    done = run(*words)
     assert done.returncode == 0, done.stderr
     told = json.loads(out.read_text())
     assert "cpu:0" in [device["address"] for device in told["devices"]]
@@ -67,7 +74,7 @@ def test_the_benchmark_measures_what_is_there_and_writes_it(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("words", [("--output", "/nowhere/at/all.json"), ("--fast",)])
-def test_the_benchmark_refuses_before_it_measures(tmp_path: Path, words: tuple[str, ...]) -> None:
-    done = run(tmp_path, "benchmarks/hardware_abstraction_benchmark.py", *words)
+def test_the_benchmark_refuses_before_it_measures(run: Run, words: tuple[str, ...]) -> None:
+    done = run("benchmarks/hardware_abstraction_benchmark.py", *words)
     assert (done.returncode, done.stdout) == (2, "")
     assert words[-1].partition("/at")[0] in done.stderr
