@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         Tracking,
     )
     from drivetrain.hal.stream import Event, Stream
+    from drivetrain.hal.telemetry.health import Health
 
 _TYPES = "PTR I8 I16 I32 I64 U8 U16 U32 U64 F16 BF16 F32 F64"
 _LATE = {
@@ -73,6 +74,7 @@ _LATE = {
     "Buffer": "memory",
     "from_dlpack": "dlpack",
     "Graph": "graph",
+    "Health": "telemetry.health",
     "NativePool": "native_pool",
     "Pool": "pool",
     "Source": "language.source",
@@ -123,6 +125,7 @@ __all__ = [
     "Event",
     "FailureInjection",
     "Graph",
+    "Health",
     "Isolation",
     "Kernel",
     "Limit",
