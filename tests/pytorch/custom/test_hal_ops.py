@@ -150,7 +150,7 @@ def train(make, x, steps, optimizer):
     assert not handle.fallbacks, handle.fallbacks
 
 def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+    return torch.optim.SGD(parameters, lr=0.02)
 
 def fused(parameters):
     return torch.optim.AdamW(parameters, lr=1e-3, fused=True)

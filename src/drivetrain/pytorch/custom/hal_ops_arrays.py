@@ -70,9 +70,12 @@ def stream(tensor: Tensor) -> Stream:
 
 
 def array(tensor: Tensor) -> Array:
-    """The tensor's own memory. It must have elements."""
+    """The tensor's own memory. It must have elements. Raises Declined for autograd's zeros, which
+    have none."""
     storage = tensor.untyped_storage()
     base = storage.data_ptr()
+    if not base:
+        raise Declined
     backend = serving()
     on = backend.stream(tensor.device.index)
     memory = Memory(backend.buffer(base, storage.nbytes(), base), on)
@@ -99,6 +102,8 @@ def pointer(tensor: Tensor | None, other: Tensor) -> Any:
     found = other if tensor is None else tensor
     storage = found.untyped_storage()
     base, offset = storage.data_ptr(), int(found.storage_offset()) * found.element_size()
+    if not base:
+        raise Declined
     return serving().buffer(base + offset, storage.nbytes() - offset, base)
 
 

@@ -132,6 +132,8 @@ def _copy_from(source: Tensor, out: Tensor, non_blocking: bool = False) -> Tenso
         raise Declined
     if source.is_neg() or out.is_neg():
         raise Declined
+    if source._is_zerotensor():
+        return _zero(out)
     return copied(source, out)
 
 

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from drivetrain.hal.kernels import optimizers, philox
-from drivetrain.pytorch.custom import hal_backend
 from drivetrain.pytorch.custom.hal_ops_arrays import (
     Declined,
     floating,
@@ -28,13 +27,23 @@ _drawing = threading.Lock()
 
 def _seed(like: Tensor, generator: torch.Generator | None) -> int:
     """Of the next numbers, drawn from the generator: the caller's, else the device's."""
-    of: Any = getattr(hal_backend, "generator_of", None)
-    own = torch.default_generator if of is None else of(like)
-    drawn_from = own if generator is None else generator
-    if drawn_from.device.type != "cpu":
-        raise Declined
+    from drivetrain.pytorch.custom.registration import registered  # which makes this table
+
+    handle = registered()
+    if generator is not None:
+        drawn_from = generator
+    elif handle is not None:
+        drawn_from = handle._runtime.generators[like.device.index]
+    else:
+        drawn_from = torch.default_generator
     with _drawing:
-        drawn = torch.empty((), dtype=torch.int64, device="cpu").random_(generator=drawn_from)
+        host = drawn_from
+        if drawn_from.device.type != "cpu":  # with the C++ shim: its state is one of the CPU's
+            host = torch.Generator("cpu")
+            host.set_state(drawn_from.get_state())
+        drawn = torch.empty((), dtype=torch.int64, device="cpu").random_(generator=host)
+        if host is not drawn_from:
+            drawn_from.set_state(host.get_state())
     return int(drawn.item())
 
 
