@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 from kernel_pytorch.hardware_abstraction.choosing import ranked
 from kernel_pytorch.hardware_abstraction.hal_core import HardwareVendor, devices
@@ -83,18 +84,16 @@ class CustomASICAdapter(VendorAdapter):
     vendor = HardwareVendor.CUSTOM_ASIC
 
     def create_communication_backend(self) -> CommunicationBackend:
-        """``custom``: the name that stands for the chip's own collectives. Available once a custom
-        device that brings ``collectives`` was registered; its process group has the device's name.
-        """
-        import torch
-
-        name = torch._C._get_privateuse1_backend_name()
-        if name == "privateuseone":
+        """``custom``: the collectives of the registered custom device, its own where the backend
+        brings some, else through the host. Available once a device is registered."""
+        # A custom device can be registered only where that module was imported.
+        custom: Any = sys.modules.get("drivetrain.pytorch.custom.registration")
+        handle: Any = custom.registered() if custom is not None else None
+        if handle is None:
             return CommunicationBackend("custom", "no custom device is registered in this process")
-        plugins = torch.distributed.Backend._plugins if torch.distributed.is_available() else {}
-        if name.upper() not in plugins:
-            return CommunicationBackend("custom", f"{name} brought no collectives of its own")
-        return CommunicationBackend("custom", torch_name=name)
+        from drivetrain.pytorch.custom.distributed import group_name
+
+        return CommunicationBackend("custom", torch_name=group_name(handle.name))
 
     def optimize_memory_layout(self, tensor: Tensor) -> Tensor:
         return contiguous(tensor)
