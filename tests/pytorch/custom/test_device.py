@@ -160,6 +160,10 @@ tied(torch.ones(2, 4, device=D)).sum().backward()
 optimizer.step()
 assert not torch.equal(parameter.detach().cpu(), before)
 
+lazy = nn.Sequential(nn.LazyConv1d(4, 3), nn.LazyBatchNorm1d()).to(D)
+assert lazy(torch.randn(2, 3, 8, device=D)).shape == (2, 4, 6)
+assert lazy[0].weight.device == lazy[1].running_mean.device == h.device
+
 # Saved here, loaded there, both ways; copies.
 model = cnn().to(D)
 data = io.BytesIO()

@@ -16,6 +16,7 @@ from drivetrain.pytorch.custom import (
     distributed,
     dlpack_export,
     dynamo,
+    lazy,
     storage,
 )
 from drivetrain.pytorch.custom.backward import one_thread
@@ -262,5 +263,6 @@ def _shim(runtime: Runtime) -> str:
 def _optional(runtime: Runtime) -> None:
     """What torch is told last: an exporter, a compiler, collectives."""
     dlpack_export.register(runtime)
+    lazy.register(runtime.name)
     dynamo.register(runtime)
     distributed.register(runtime)
