@@ -109,6 +109,10 @@ OWN_MEMORY = """
             Chip.given_back += 1
         def synchronize(self, device_id):
             Chip.waits += 1
+        graphs = 0
+        def compile_graph(self, gm, example_inputs):
+            Chip.graphs += 1
+            return gm.forward
         def kernels(self):
             def relu(x):
                 out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -144,6 +148,10 @@ OWN_MEMORY = """
     assert found.device.type == "chip" and len(found.devices) == 2
     x = torch.tensor([-1.0, 2.0])
     assert torch.relu(x.to("chip:1")).cpu().tolist() == [7.0, 2.0]
+    def plus(x):
+        return torch.sub(x, -1.0)
+    assert torch.compile(plus, backend="chip")(x.to("chip")).cpu().tolist() == [0.0, 3.0]
+    assert Chip.graphs == 1
     taken = Chip.taken
     y = torch.ones(1000, device="chip")
     assert Chip.taken == taken + 1 and y.data_ptr() % 64 == 0
