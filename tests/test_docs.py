@@ -99,6 +99,7 @@ def the_command() -> Any:
 def wrong_commands(text: str) -> list[str]:
     """Uses of the command line that it would not understand: (sub)commands and options."""
     wrong = []
+    text = re.sub(r"<!-- table:.*?<!-- end -->", "", text, flags=re.S)  # what commands printed
     for line in shell(text):
         for used in COMMAND.findall(line):
             words = used.partition(" -- ")[0].split()
