@@ -17,6 +17,7 @@ from drivetrain.pytorch.custom import (
     dlpack_export,
     dynamo,
     lazy,
+    sparse,
     storage,
 )
 from drivetrain.pytorch.custom.backward import one_thread
@@ -264,5 +265,6 @@ def _optional(runtime: Runtime) -> None:
     """What torch is told last: an exporter, a compiler, collectives."""
     dlpack_export.register(runtime)
     lazy.register(runtime.name)
+    sparse.register(runtime)
     dynamo.register(runtime)
     distributed.register(runtime)
