@@ -509,7 +509,12 @@ static int give(Device *device, uint64_t ptr, int host) {
     drop(a);
     return OK;
 }
-int cuMemFree_v2(uint64_t ptr) { CALL(ptr, 0); return leave(give(device, ptr, 0)); }
+/* As on hardware, memory that is no pool's is given back when all that was queued is done. */
+int cuMemFree_v2(uint64_t ptr) {
+    CALL(ptr, 0);
+    for (Stream *s = streams; s; s = s->next) if (s->device == device) finish(s);
+    return leave(give(device, ptr, 0));
+}
 int cuMemAllocAsync(uint64_t *out, size_t bytes, Stream *s) {
     CALL(bytes, s);
     STREAM(s);
