@@ -121,6 +121,7 @@ def test_moves_that_cannot_be_meant_leave_the_job_alone(home: Home, running: Hos
     assert home.wait_step(4, "j") == pid
 
 
+@pytest.mark.soak
 def test_a_second_move_while_one_runs_is_refused(home: Home) -> None:
     go = home.folder / "target may"
     script = waiting_target(home.folder, go)
@@ -229,6 +230,7 @@ def test_a_checkpoint_with_one_flipped_byte_is_refused(
 # -- a full disk ----------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_a_full_disk_changes_nothing(home: Home, unmoved: Unmoved) -> None:
     fault = {"DRIVETRAIN_FAULT_WRITE": "enospc:checkpoint.data:1+"}
     hosted = home.run("--on", "cpu:0", "--name", "j", env=fault)

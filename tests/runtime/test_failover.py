@@ -64,6 +64,7 @@ def lose_worker(home: Home, count: int = 1) -> dict[str, Any]:
 # -- a worker dies --------------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_a_killed_worker_comes_back_with_all_that_it_started_gone(
     home: Home, unmoved: Unmoved
 ) -> None:
@@ -127,7 +128,10 @@ def lose_worker_with_damage(home: Home, count: int) -> tuple[list[int], dict[str
     return steps, failovers(home)[-1]
 
 
-@pytest.mark.parametrize("damaged", [0, 1, 2])
+@pytest.mark.parametrize(
+    "damaged",
+    [0, pytest.param(1, marks=pytest.mark.soak), pytest.param(2, marks=pytest.mark.soak)],
+)
 def test_a_flipped_byte_in_a_replica_is_named_and_the_next_best_is_used(
     home: Home, unmoved: Unmoved, damaged: int
 ) -> None:
@@ -173,6 +177,7 @@ def test_a_standby_takes_over_within_two_seconds(
     home.assert_nothing_left()
 
 
+@pytest.mark.soak
 def test_a_standbys_replica_survives_worker_and_runtime(home: Home, unmoved: Unmoved) -> None:
     hosted = home.run(*JOB, "--standby", "cpu:1", "--checkpoint-every", "off")
     pid = home.wait_step(20, "j")
@@ -304,9 +309,9 @@ def test_a_device_error_condemns_the_device_and_the_job_goes_on(
     ("fault", "code", "text"),
     [
         ("error", 1, "ValueError: a mistake of the script's own"),
-        ("oom", 1, "CUDA out of memory"),
-        ("assert", 1, "device-side assert"),
-        ("exit", 7, ""),
+        pytest.param("oom", 1, "CUDA out of memory", marks=pytest.mark.soak),
+        pytest.param("assert", 1, "device-side assert", marks=pytest.mark.soak),
+        pytest.param("exit", 7, "", marks=pytest.mark.soak),
     ],
 )
 def test_what_the_script_did_wrong_is_not_repeated(
@@ -326,6 +331,7 @@ def test_what_the_script_did_wrong_is_not_repeated(
     home.assert_nothing_left()
 
 
+@pytest.mark.soak
 def test_a_nan_is_said_once_and_stops_nothing(home: Home) -> None:
     hosted = home.run(*JOB, args=("--steps", "40", "--fault", "nan:5,nan:6"))
     home.go.touch()
@@ -333,6 +339,7 @@ def test_a_nan_is_said_once_and_stops_nothing(home: Home) -> None:
     assert hosted.err.count("is NaN") == 1
 
 
+@pytest.mark.soak
 def test_the_same_step_failing_on_two_devices_stops_the_job(home: Home) -> None:
     hosted = home.run(*JOB, args=("--fault", "lost:20"))
     assert hosted.wait() == 1
@@ -343,6 +350,7 @@ def test_the_same_step_failing_on_two_devices_stops_the_job(home: Home) -> None:
     home.assert_nothing_left()
 
 
+@pytest.mark.soak
 def test_three_fruitless_failovers_stop_the_job(home: Home) -> None:
     hosted = home.run(*JOB, args=("--fault", "late:20"))
     assert hosted.wait() == 1
@@ -365,6 +373,7 @@ def test_a_job_that_comes_no_further_is_stopped(home: Home) -> None:
 # -- the runtime dies -----------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_orphans_that_should_exit_do(home: Home) -> None:
     hosted = home.run(*JOB, "--orphan", "exit")
     home.wait_step(5, "j")
@@ -434,6 +443,7 @@ def test_a_worker_that_wakes_up_after_it_was_replaced_does_nothing_more(home: Ho
     assert (len(step_log(home)), page.step) == before
 
 
+@pytest.mark.soak
 def test_a_lost_database_costs_nothing(home: Home, unmoved: Unmoved) -> None:
     hosted = home.run(*JOB, "--memory", "64M")
     pid = home.wait_step(5, "j")
@@ -479,6 +489,7 @@ def test_a_requeued_job_goes_on_where_it_was(home: Home, unmoved: Unmoved, name:
     assert (done.returncode, "done already" in done.stderr) == (0, True)
 
 
+@pytest.mark.soak
 def test_a_state_that_cannot_be_saved_in_time_is_resumed_from_the_last_one(
     home: Home, unmoved: Unmoved
 ) -> None:
@@ -505,6 +516,7 @@ def test_ctrl_c_ends_the_worker_and_its_children(home: Home) -> None:
     home.assert_nothing_left()
 
 
+@pytest.mark.soak
 def test_ctrl_c_in_the_middle_of_a_move_does_not_wait_for_it(home: Home) -> None:
     """The target hangs before its loop; nobody should have to wait until that is given up."""
     path = waiting_target(home.folder, home.folder / "never")

@@ -72,6 +72,7 @@ def test_a_script_that_does_not_ask_is_told_so_before_it_fails(home: Home) -> No
     assert "drivetrain port" in hosted.err
 
 
+@pytest.mark.soak
 def test_a_script_that_cannot_be_read_is_run_all_the_same(home: Home) -> None:
     path = home.folder / "broken.py"
     path.write_text("x = (\n")

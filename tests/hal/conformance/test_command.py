@@ -185,6 +185,7 @@ def test_a_driver_that_crashes_everywhere_fails_everywhere(acme: Path, command: 
     assert "SIGABRT" in reasons(done)["memory.fill_widths"]
 
 
+@pytest.mark.soak
 def test_a_driver_that_opens_no_device_is_checked_as_far_as_it_goes(
     acme: Path, command: Command
 ) -> None:

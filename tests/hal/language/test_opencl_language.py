@@ -281,3 +281,27 @@ def test_halves_are_stored_and_converted(opencl) -> None:
     assert wide.tolist() == (given.astype(np.float32) + np.float32(0.25)).tolist()
     with np.errstate(over="ignore"):
         assert out.tolist() == (wide * np.float32(3)).astype(np.float16).tolist()
+
+
+GLOBAL = """
+__global__ void all(unsigned *a, int *b, long long *c, unsigned long long *d, long long *e, int n) {
+  unsigned u = blockIdx.x * blockDim.x + threadIdx.x;
+  int i = threadIdx.x + blockDim.x * blockIdx.x;
+  long long l = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+  unsigned long long m = threadIdx.x + (unsigned long long)blockDim.x * blockIdx.x;
+  long long other = blockIdx.x * blockDim.x + threadIdx.y + 5ll * threadIdx.x;
+  a[u] = u, b[u] = i, c[u] = l, d[u] = m, e[u] = other + n;
+}
+"""
+
+
+def test_the_threads_place_in_the_grid_is_opencls_own(opencl) -> None:
+    text = translate(program(Source.cuda(GLOBAL), Options()), FEATURES).text
+    assert text.count("get_global_id(0)") == 4
+    count = 3 * 32
+    arrays = [np.zeros(count, t) for t in ("u4", "i4", "i8", "u8", "i8")]
+    opencl(GLOBAL)("all", 3, 32, *arrays, 7)
+    place = np.arange(count)
+    for array in arrays[:4]:
+        assert (array == place).all()
+    assert (arrays[4] == place // 32 * 32 + 5 * (place % 32) + 7).all()
