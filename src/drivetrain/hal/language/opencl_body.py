@@ -36,6 +36,7 @@ from drivetrain.hal.language.types import (
     F64,
     I32,
     I64,
+    U32,
     U64,
     Array,
     Pointer,
@@ -62,6 +63,34 @@ _MODULAR = ("+", "-", "*")
 _DYNAMIC = "dt_dynamic"
 _LANES = "dt_lanes"
 _ANY = "dt_any"
+
+
+def _index3(e: Expr) -> tuple[str, str] | None:
+    """Which index it is, widened or not."""
+    while isinstance(e, Cast) and e.type in (I32, U32, I64, U64):
+        e = e.of
+    return (e.name, e.axis) if isinstance(e, Index3) else None
+
+
+def _global_index(e: Binary) -> int | None:
+    """The axis of ``blockIdx * blockDim + threadIdx``, in any order. OpenCL has a function for it,
+    which compilers know to count up by one from thread to thread; of the sum some do not see it."""
+    if e.op != "+" or e.type not in (I32, U32, I64, U64):
+        return None
+    for product, rest in ((e.left, e.right), (e.right, e.left)):
+        thread = _index3(rest)
+        if thread is None or thread[0] != "threadIdx":
+            continue
+        while isinstance(product, Cast) and product.type == e.type:
+            product = product.of
+        if not isinstance(product, Binary) or product.op != "*":
+            continue
+        if product.type in (I32, U32) and e.type in (I64, U64):
+            continue  # it wraps at 32 bits
+        found = {_index3(product.left), _index3(product.right)}
+        if found == {("blockIdx", thread[1]), ("blockDim", thread[1])}:
+            return "xyz".index(thread[1])
+    return None
 
 
 @dataclass(frozen=True)
@@ -168,6 +197,9 @@ class Body(Printer):
         return super().expr(e)
 
     def binary(self, e: Binary) -> str:
+        axis = _global_index(e)
+        if axis is not None:
+            return f"(({self.spelled(e.type, e.line)})get_global_id({axis}))"
         if e.op in _MODULAR and e.type in (I32, I64):
             return f"(({self.spelled(e.type, e.line)})({self.modular(e)}))"
         return super().binary(e)
