@@ -70,6 +70,7 @@ def test_a_run_is_refused(home: Home, options: tuple[str, ...], says: str) -> No
     assert not list((home.state / "jobs").iterdir()) if (home.state / "jobs").exists() else True
 
 
+@pytest.mark.soak
 def test_other_runs_are_refused(home: Home) -> None:
     refused(home, "run", "no/such/script.py", says="no/such/script.py")
     refused(home, "run", str(home.folder), says=str(home.folder))

@@ -468,7 +468,8 @@ def test_a_lost_database_costs_nothing(home: Home, unmoved: Unmoved) -> None:
 # -- batch systems and Ctrl-C ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_requeued_job_goes_on_where_it_was(home: Home, unmoved: Unmoved, name: str) -> None:
     line = ("--on", "cpu:0", "--resume-or-start", "nightly")
     hosted = home.run(*line)

@@ -6,6 +6,8 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
+
 from .conftest import Home, until
 
 SCRIPT = """
@@ -51,6 +53,7 @@ def test_a_description_that_outgrows_its_slot_gets_a_larger_one(home: Home, tmp_
     home.assert_nothing_left()
 
 
+@pytest.mark.soak
 def test_what_cannot_be_carried_any_more_does_not_end_the_training(
     home: Home, tmp_path: Path
 ) -> None:
