@@ -11,7 +11,7 @@ from drivetrain.hal import blas, layout, strided, watch
 from drivetrain.hal.array import Array
 from drivetrain.hal.blas import Product
 from drivetrain.hal.dtype import promoted
-from drivetrain.hal.kernels import gemm
+from drivetrain.hal.kernels import gemm, gemm_panels
 from drivetrain.hal.kernels.family import kernel, launch
 from drivetrain.hal.opened import opened
 from drivetrain.hal.registry import device as find
@@ -160,7 +160,8 @@ def own(out: Array, a: Array, b: Array, batch: Shape, on: Stream) -> None:
         for part in (slice(None, n // 2), slice(n // 2, None)):
             own(out[..., part], a, b[..., part], batch, on)
         return
-    strips = _is_processor(on.device)
+    panels = gemm_panels.serves(on.device)
+    strips = opened(on.device).backend.target.kind == "cpu"
     if strips and n > 1 and b.strides[-1] != 1:
         b = strided.compact(b, on)
     steps = [layout.stretched(x.shape[:-2], x.strides[:-2], batch, "matmul") for x in (out, a, b)]
@@ -174,10 +175,14 @@ def own(out: Array, a: Array, b: Array, batch: Shape, on: Stream) -> None:
         if batch[0] == 1:
             own(out[0], _first(a, len(batch)), _first(b, len(batch)), batch[1:], on)
         return
-    turned_b = not strips and b.strides[-1] != 1
-    found = kernel(
-        on.device, "gemm", gemm.chosen, dtype, len(extents), strips, a.strides[-1] == 1, turned_b
-    )
+    if panels:
+        found = gemm_panels.kernel_for(on.device, dtype, len(extents))
+    else:
+        turned_b = not strips and b.strides[-1] != 1
+        along_k = a.strides[-1] == 1
+        found = kernel(
+            on.device, "gemm", gemm.chosen, dtype, len(extents), strips, along_k, turned_b
+        )
     if found._work is None:
         gemm.declared(found, dtype)
     packed = gemm.product(
@@ -187,16 +192,12 @@ def own(out: Array, a: Array, b: Array, batch: Shape, on: Stream) -> None:
         extents,
         (walks[0], walks[1], walks[2]),
     )
-    rule = gemm.rule(m, n, count, strips=strips)
-    launch(found, on, rule, out.writes(on), a.reads(on), b.reads(on), packed)
-
-
-def _is_processor(device: Device) -> bool:
-    """Whether kernels run on the host's own cores: the cpu driver's, or an OpenCL runtime for them,
-    which is chosen by name only."""
-    if opened(device).backend.target.kind == "cpu":
-        return True
-    return device.info.memory_domain == "host" and device.info.by_name_only
+    arguments = out.writes(on), a.reads(on), b.reads(on), packed
+    if panels:
+        rule, tile = gemm_panels.rule(m, n, count)
+        launch(found, on, rule, *arguments, tile)
+    else:
+        launch(found, on, gemm.rule(m, n, count, strips=strips), *arguments)
 
 
 def _first(x: Array, rank: int) -> Array:

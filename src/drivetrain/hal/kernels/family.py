@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from drivetrain.hal.opened import opened
 
 if TYPE_CHECKING:
     from drivetrain.hal.device import Device
-    from drivetrain.hal.kernel import Kernel, Module
+    from drivetrain.hal.kernel import ArgType, Kernel, Module
     from drivetrain.hal.language.source import Source
     from drivetrain.hal.memory import Buffer
     from drivetrain.hal.stream import Stream
@@ -51,8 +51,15 @@ def blocks(count: int, each: int) -> int:
     return max(1, -(-count // each))
 
 
-def kernel(device: Device, name: str, make: Callable[..., Source], *choices: Any) -> Kernel:
-    """The kernel ``name`` of ``make(*choices)``, compiled for the device once a process."""
+def kernel(
+    device: Device,
+    name: str,
+    make: Callable[..., Source],
+    *choices: Any,
+    args: Sequence[ArgType] | None = None,
+) -> Kernel:
+    """The kernel ``name`` of ``make(*choices)``, compiled for the device once a process. ``args``:
+    as `Module.kernel` takes them."""
     here = opened(device)
     key = (make, name, choices)
     found: Kernel | None = here.kernels.get(key)
@@ -63,7 +70,7 @@ def kernel(device: Device, name: str, make: Callable[..., Source], *choices: Any
     if module is None:
         compiled = device.compile(source)
         module = here.kernels.setdefault(source, compiled)
-    made: Kernel = here.kernels.setdefault(key, module.kernel(name))
+    made: Kernel = here.kernels.setdefault(key, module.kernel(name, args))
     return made
 
 

@@ -1,4 +1,5 @@
-"""Matrix products: tiles through shared memory for GPUs, strips of registers for CPUs.
+"""Matrix products: tiles through shared memory for GPUs, strips of registers for the cpu driver;
+for OpenCL on a processor there is `gemm_panels`.
 
 Operands have any strides, so a transposed matrix needs no copy, and any number of batch dimensions.
 float16 and bfloat16 are summed in float32.
@@ -10,7 +11,7 @@ import struct
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.hal.dtype import DTYPES, DType
-from drivetrain.hal.kernels import text
+from drivetrain.hal.kernels import gemm_panels, text
 from drivetrain.hal.kernels.family import (
     Family,
     Launch,
@@ -235,7 +236,7 @@ _SIZES = {33: (33, 17, 5), 256: (64, 128, 32), 1000: (100, 70, 130)}
 
 
 def _check(device: Device, stream: Stream, size: int) -> None:
-    """Both kernels, plain and transposed, floats and integers."""
+    """Each kernel, plain and transposed, floats and integers."""
     np, random = numpy(), generator(size)
     m, n, k = _SIZES.get(size, (size, size, size))
     for name, strips, turned in (
@@ -262,13 +263,15 @@ def _check(device: Device, stream: Stream, size: int) -> None:
         where = (put(device, stream, a), put(device, stream, b))
         launch(found, stream, rule(m, n, strips=strips), made, *where, packed)
         loose = {"float32": (1e-5, 1e-5), "float16": (2e-3, 2e-3)}.get(name, (0.0, 0.0))
-        agree(
-            f"gemm of {name}{', transposed' * turned}{', strips' * strips}",
-            get(made, stream, (m, n), name),
-            wanted,
-            rtol=loose[0],
-            atol=loose[1] * float(np.sqrt(k)),
-        )
+        what = f"gemm of {name}{', transposed' * turned}{', strips' * strips}"
+        near = {"rtol": loose[0], "atol": loose[1] * float(np.sqrt(k))}
+        agree(what, get(made, stream, (m, n), name), wanted, **near)
+        if gemm_panels.serves(device):
+            made = room(device, stream, wanted.nbytes)
+            found = gemm_panels.kernel_for(device, dtype, 0)
+            way, tile = gemm_panels.rule(m, n)
+            launch(found, stream, way, made, *where, packed, tile)
+            agree(f"{what}, panels", get(made, stream, (m, n), name), wanted, **near)
 
 
 FAMILIES = (
