@@ -581,7 +581,7 @@ typedef struct {
     dt_calls calls;
     uint32_t grid[3], block[3], threads, shared;
     unsigned count;
-    unsigned char codes[MOST_ARGUMENTS]; /* 'P', struct's letters, or 0: only the slow way */
+    unsigned char codes[MOST_ARGUMENTS]; /* 'P', struct's letters, 'S' for bytes, or 0: only the slow way */
     int32_t sizes[MOST_ARGUMENTS];
 } KernelCore;
 
@@ -722,6 +722,12 @@ static PyObject *kernel_call(PyObject *object, PyObject *const *args, size_t fla
         unsigned char values[MOST_ARGUMENTS * 8];
         void *table[MOST_ARGUMENTS];
         for (unsigned i = 0; i < self->count; i++) {
+            if (self->codes[i] == 'S') { /* the caller holds it until the launch is queued */
+                if (!PyBytes_CheckExact(args[3 + i]) || PyBytes_GET_SIZE(args[3 + i]) != self->sizes[i])
+                    goto slow;
+                table[i] = PyBytes_AS_STRING(args[3 + i]);
+                continue;
+            }
             table[i] = values + 8 * i;
             if (!pack(args[3 + i], self->codes[i], stream, self, values + 8 * i)) goto slow;
         }

@@ -74,6 +74,7 @@ TYPES: Mapping[str, ArgType] = {
 
 _LETTERS = {
     "ptr": b"P",
+    "struct": b"S",
     **{t.name: t.code.encode() for t in TYPES.values() if len(t.code) == 1 and t is not F16},
 }
 """What C packs by itself."""
