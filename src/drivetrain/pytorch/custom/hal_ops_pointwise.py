@@ -11,6 +11,7 @@ from torch import Tensor
 from drivetrain.pytorch.custom.hal_ops_arrays import (
     Body,
     Declined,
+    broadcast,
     common_type,
     new,
     serves,
@@ -25,7 +26,7 @@ from drivetrain.pytorch.custom.hal_ops_elements import (
 
 
 def both(name: str, overload: str = "") -> Callable[[Body], Body]:
-    """A kernel ``body(out, self, ...)`` for an overload and its in-place form."""
+    """A kernel ``body(out, self, ...)`` for an overload, its in-place form, that with ``out``."""
 
     def note(body: Body) -> Body:
         end = f".{overload}" if overload else ""
@@ -36,8 +37,19 @@ def both(name: str, overload: str = "") -> Callable[[Body], Body]:
         def inside(x: Tensor, *args: Any, **kwargs: Any) -> Any:
             return body(x, x, *args, **kwargs)
 
+        def given(*args: Any, out: Tensor, **kwargs: Any) -> Any:
+            shapes = [each.shape for each in args if isinstance(each, Tensor)]
+            if out.shape == broadcast(*shapes):
+                return body(out, *args, **kwargs)
+            found = body(None, *args, **kwargs)
+            into(out, found.dtype)
+            return out.resize_(found.shape).copy_(found)
+
         serves(f"{name}{end}")(fresh)
         serves(f"{name}_{end}")(inside)
+        serves(f"{name}.{overload}_out" if overload else f"{name}.out")(given)
+        if overload == "Tensor":
+            serves(f"{name}.out")(given)
         return body
 
     return note
