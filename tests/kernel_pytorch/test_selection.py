@@ -140,12 +140,16 @@ def test_measured_rates_rule_out_a_device_and_let_another_through(script: Script
         cpu = hal.device("cpu:0")
         adapter = HardwareAdapter(enable_hal=True)
         wanted = dict(compute_requirement_tflops=20, preferred_vendors=["cpu"])
-        before = adapter.get_optimal_device_hal(**wanted)
-        rates = {"float32": 3e13}
-        facts = calibration.Calibration(cpu.uuid, cpu.info.driver_version, "", 0.0, rates)
-        calibration.save(cpu, facts)
-        after = adapter.get_optimal_device_hal(**wanted)
-        assert before is None or before.address != "cpu:0"
+
+        def measured(rate):
+            facts = calibration.Calibration(
+                cpu.uuid, cpu.info.driver_version, "", 0.0, {"float32": rate}
+            )
+            calibration.save(cpu, facts)
+            return adapter.get_optimal_device_hal(**wanted)
+
+        slow, after = measured(1e12), measured(3e13)
+        assert slow is None or slow.address != "cpu:0"
         assert after.address == "cpu:0" and after.capabilities.compute_basis == "measured"
         wanted["compute_requirement_tflops"] = 31
         assert adapter.get_optimal_device_hal(**wanted) is None
