@@ -13,6 +13,7 @@ import pytest
 from drivetrain import hal
 from drivetrain.hal.device import Device, Isolation
 from drivetrain.placement.policy import Candidate
+from drivetrain.pytorch.support import Build
 from drivetrain.runtime.placing import Placer
 from drivetrain.store.database import Database
 
@@ -105,7 +106,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, driver: str) -> None:
         )
 
     pairs = [(candidate(cpu, 0.0), cpu), (candidate(gpu, 0.9), gpu)]
-    monkeypatch.setattr(Placer, "candidates", lambda self: pairs)
+    monkeypatch.setattr(Placer, "candidates", lambda self, named=(): pairs)
+    built = Build("2.13.0+both", frozenset({"cuda", "hip"}))
+    monkeypatch.setattr("drivetrain.pytorch.support.build_of", lambda python: built)
 
 
 @pytest.mark.parametrize("driver", ["cuda", "hip"])

@@ -50,7 +50,8 @@ class Candidate:
     devices of one domain share one memory. ``utilisation``: 0 idle to 1 busy, None if not known.
     ``features``: what `Workload.features` and `OPTIMISATIONS` ask for. ``peaks``: calibrated rates
     by name (FLOP/s, bytes/s). ``known_step_seconds``: of this script here. ``usable``: None means
-    not checked yet. ``by_name_only``: never chosen unless preferred or asked for.
+    not checked yet. ``support``: why torch cannot use it; empty where it can. ``by_name_only``:
+    never chosen unless preferred or asked for; ``hint`` says why, where there is more to say.
     """
 
     address: str
@@ -67,7 +68,9 @@ class Candidate:
     known_step_seconds: float | None = None
     usable: bool | None = None
     reason: str = ""
+    support: str = ""
     by_name_only: bool = False
+    hint: str = ""
 
     @property
     def is_cpu(self) -> bool:
@@ -193,8 +196,11 @@ def _obstacle(
         return "excluded"
     if candidate.usable is False:
         return candidate.reason or "not usable"
+    if candidate.support:
+        return candidate.support
     if candidate.by_name_only and not asked and not _is_preferred(candidate, workload.prefer):
-        return "used only when asked for by name"
+        hint = f": {candidate.hint}" if candidate.hint else ""
+        return f"used only when asked for by name{hint}"
     missing = [feature for feature in workload.features if feature not in candidate.features]
     if missing:
         return f"it lacks {', '.join(missing)}"

@@ -14,17 +14,31 @@ from torch import Tensor
 
 from drivetrain import hal
 from drivetrain.errors import BadInput, Unsupported
-from drivetrain.pytorch.custom.config import NOT_RENAMED
+from drivetrain.pytorch.custom.config import NOT_RENAMED, Config
 from drivetrain.pytorch.custom.hal_backend import HalBackend, buffer_of, stream_of
-from drivetrain.pytorch.custom.registration import registered
+from drivetrain.pytorch.custom.registration import register_custom_device, registered
 
 _ON_XPU = ("level_zero", "sycl")
+_IN_TREE = ("cpu", "cuda", "xpu", "mps")
 
 
-def torch_device(device: hal.Device | str) -> torch.device:
-    """torch's name of a HAL device. Raises Unsupported, with what to do, where this torch has none:
-    its build serves one vendor, and other devices must be registered first."""
-    found = hal.device(device) if isinstance(device, str) else device
+def torch_device(device: hal.Device | torch.device | str) -> torch.device:
+    """torch's name of a device, which is given as a HAL device, its address or torch's own name.
+
+    Every processor of the HAL (``cpu:1``) is torch's ``cpu``. Raises BadInput for a text that names
+    no device, and Unsupported, with what to do, where this torch has none for it: its build serves
+    one vendor, and other devices must be registered first (`use` does).
+    """
+    if isinstance(device, str):
+        device = _named(device)
+    if isinstance(device, torch.device):
+        return torch.device("cpu") if device.type == "cpu" else device
+    if not isinstance(device, hal.Device):
+        raise BadInput(
+            f"{type(device).__name__} is no device; give an address such as 'cuda:0', a "
+            "hal.Device or a torch.device"
+        )
+    found = device
     backend = _hal_backend()
     if backend is not None and found in backend.devices:
         handle = registered()
@@ -48,6 +62,31 @@ def torch_device(device: hal.Device | str) -> torch.device:
         op="torch_device",
         device=found.address,
     )
+
+
+def use(device: hal.Device | str, config: Config | None = None) -> torch.device:
+    """torch's device of a HAL device, which is registered where torch has none for it: then it is
+    this process's custom device, until the process ends. Raises BadInput where torch's place for
+    such devices is taken by another."""
+    try:
+        return torch_device(device)
+    except Unsupported:
+        return register_custom_device(device, config).device
+
+
+def _named(text: str) -> hal.Device | torch.device:
+    """What an address or a name of torch's (``cuda``) names."""
+    try:
+        return hal.device(text or "cpu:0")
+    except BadInput:
+        try:
+            found = torch.device(text)
+        except RuntimeError:
+            found = None
+        own = {*_IN_TREE, torch._C._get_privateuse1_backend_name()} - {NOT_RENAMED}
+        if found is not None and found.type in own:
+            return found
+        raise
 
 
 def hal_device(device: torch.device | str) -> hal.Device:

@@ -1,7 +1,7 @@
 """The state's image (see ``image``) in memory, and its chunk hashes, on the tensors' own device.
 
 On the CPU the bytes go through hal.bytes. On an accelerator torch's 64-bit integer operations,
-which wrap, give the same numbers.
+which wrap, give the same numbers, and on a custom device the HAL's kernel (see ``on_chip``).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from drivetrain.errors import BadInput
 from drivetrain.hal.bytes import CHUNK_BYTES
-from drivetrain.pytorch import crew
+from drivetrain.pytorch import crew, on_chip
 from drivetrain.pytorch.crew import Begun, Piece
 from drivetrain.pytorch.image import ALIGNMENT, MASK, cut, layout, summed
 
@@ -39,7 +39,7 @@ class ImagePlan:
         for tensor in flats:
             if tensor.dtype != torch.uint8 or tensor.dim() != 1 or not tensor.is_contiguous():
                 raise BadInput("an image is made of flat uint8 tensors; see TrainingState.flats")
-        self.flats = list(flats)
+        self.flats = on_chip.reachable(flats)
         self.offsets, self.nbytes = layout(tensor.numel() for tensor in flats)
 
     def read_into(self, ptr: int, start: int, stop: int, threads: int = 1) -> Pieces:
@@ -135,9 +135,10 @@ class ImagePlan:
                     owners.append(chunk)
             else:
                 devices.add(tensor.device)
-        waiting = [found for device in devices for found in self._hash_on(device, start, stop)]
+        waiting = [self._begin_hash(device, start, stop) for device in devices]
         hashed = crew.begin(host, threads)()
-        return list(zip(owners, hashed, strict=True)) + _collect(waiting)
+        found = list(zip(owners, hashed, strict=True))
+        return found + [piece for collect in waiting for piece in collect()]
 
     def begin_hashes(self, start: int, stop: int) -> Callable[[], Pieces]:
         """Begin to hash what the range has on accelerators, beside what their current streams get
@@ -167,8 +168,7 @@ class ImagePlan:
         """Queues the range's hashes after what the device's current stream has now, beside what
         it gets next; the function that is returned waits for them."""
         if device.type != "cuda":
-            waiting = self._hash_on(device, start, stop)
-            return lambda: _collect(waiting)
+            return self._begin_hash(device, start, stop)
         stream = _side_stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -180,12 +180,36 @@ class ImagePlan:
 
         return collect
 
+    def _begin_hash(self, device: torch.device, start: int, stop: int) -> Callable[[], Pieces]:
+        """Queues the hashes of what the range has on ``device``; the result waits for them."""
+        if on_chip.is_custom(device):
+            blocks = self._blocks(device, start, stop)
+            found = [(low, on_chip.chunk_hashes(block)) for low, block in blocks]
+            return lambda: [
+                (low // CHUNK_BYTES + n, value)
+                for low, values in found
+                for n, value in enumerate(values)
+            ]
+        waiting = self._hash_on(device, start, stop)
+        return lambda: _collect(waiting)
+
     def _hash_on(
         self, device: torch.device, start: int, stop: int
     ) -> list[tuple[int, int, Tensor]]:
         """Queues the hashes of the range's bytes on ``device``: (first chunk, chunks, parts)."""
         weights, total = _weights(device)
         waiting = []
+        for low, block in self._blocks(device, start, stop):
+            words = block.view(torch.int32).view(-1, _WORDS)
+            # A signed word with its top bit turned is w - 2^31; the rest is added by a constant.
+            turned = torch.bitwise_xor(words, -(2**31))
+            parts = torch.mul(turned, weights).sum(dim=1).add_(total)
+            waiting.append((low // CHUNK_BYTES, block.numel() // CHUNK_BYTES, parts))
+        return waiting
+
+    def _blocks(self, device: torch.device, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """The range's bytes on ``device`` in whole chunks, zeros where it has none: (offset in the
+        image, bytes)."""
         first_block = start - start % CHUNK_BYTES
         for low in range(first_block, stop, _BLOCK):
             high = min(low + _BLOCK, -(-stop // CHUNK_BYTES) * CHUNK_BYTES)
@@ -194,15 +218,8 @@ class ImagePlan:
                 for span in self._spans(max(low, start), min(high, stop))
                 if self.flats[span[0]].device == device
             ]
-            if not spans:
-                continue
-            block = self._block(device, spans, low, high - low)
-            words = block.view(torch.int32).view(-1, _WORDS)
-            # A signed word with its top bit turned is w - 2^31; the rest is added by a constant.
-            turned = torch.bitwise_xor(words, -(2**31))
-            parts = torch.mul(turned, weights).sum(dim=1).add_(total)
-            waiting.append((low // CHUNK_BYTES, (high - low) // CHUNK_BYTES, parts))
-        return waiting
+            if spans:
+                yield low, self._block(device, spans, low, high - low)
 
     def _block(self, device: torch.device, spans: list[_Span], low: int, nbytes: int) -> Tensor:
         """The bytes of some spans as one tensor: a view where one tensor has them, else packed."""
@@ -231,8 +248,13 @@ def warm(device: torch.device) -> None:
 
 
 def _marks(devices: Iterable[torch.device]) -> list[Any]:
-    """An event on each device's current stream: done when what was queued until now is."""
-    return [torch.get_device_module(d).current_stream(d).record_event() for d in devices]
+    """An event on each device's current stream: done when what was queued until now is. Copies
+    from and to a custom device are done when they return."""
+    return [
+        torch.get_device_module(d).current_stream(d).record_event()
+        for d in devices
+        if not on_chip.is_custom(d)
+    ]
 
 
 @cache

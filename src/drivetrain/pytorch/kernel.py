@@ -35,7 +35,8 @@ from torch.utils._pytree import tree_leaves
 from drivetrain.errors import BadInput, Unsupported
 from drivetrain.hal import Source
 from drivetrain.hal.kernel import ArgType, Kernel
-from drivetrain.pytorch.launching import Launcher, hal_device
+from drivetrain.pytorch.devices import hal_device
+from drivetrain.pytorch.launching import Launcher
 
 __all__ = ["Implementation", "Op", "kernel"]
 
@@ -93,14 +94,20 @@ class Implementation:
             found = self._kernels.get(device)
             if found is None:
                 assert self.source is not None
-                try:
-                    home = hal_device(device)
-                    module = home.compile(self.source, options=self.options)
-                    found = module.kernel(self.entry, self.args)
-                except Unsupported as error:
-                    found = str(error)
+                found = self._made(device, self.source)
                 self._kernels[device] = found
             return found
+
+    def _made(self, device: torch.device, source: Source) -> Kernel | str:
+        try:
+            home = hal_device(device)
+        except BadInput as error:
+            return str(error)
+        try:
+            module = home.compile(source, options=self.options)
+            return module.kernel(self.entry, self.args)
+        except Unsupported as error:
+            return str(error)
 
     def run(self, arguments: Sequence[Any], device: torch.device) -> Any:
         if self.kind != "cuda":

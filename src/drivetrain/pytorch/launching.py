@@ -9,41 +9,14 @@ import torch
 from torch import Tensor
 
 from drivetrain import hal
-from drivetrain.errors import BadInput, Unsupported
+from drivetrain.errors import BadInput
 from drivetrain.hal.kernel import Dim, Kernel
 
-__all__ = ["Launcher", "hal_device"]
+__all__ = ["Launcher"]
 
 _LEGACY_STREAM = 1
 """CUDA's handle for the default stream, which torch calls 0."""
 _here = threading.local()
-
-
-def hal_device(device: torch.device) -> hal.Device:
-    """The HAL device that owns the memory of tensors on ``device``.
-
-    Raises Unsupported where no driver has it.
-    """
-    if device.type == "cpu":
-        return hal.device("cpu:0")
-    if device.type == "cuda":
-        driver = "hip" if torch.version.hip else "cuda"
-        index = torch.cuda.current_device() if device.index is None else device.index
-        uuid = str(getattr(torch.cuda.get_device_properties(index), "uuid", ""))
-        for each in hal.devices(driver):
-            if uuid and uuid in each.uuid:
-                return each
-        return hal.device(f"{driver}:{index}")
-    if device.type == torch._C._get_privateuse1_backend_name():
-        from drivetrain.pytorch.custom import hal_backend
-
-        return hal_backend.device_of(torch.empty(0, device=device))
-    raise Unsupported(
-        f"no HAL driver shares memory with torch's {device.type}",
-        code="unsupported",
-        op="kernel",
-        device=str(device),
-    )
 
 
 class Launcher:

@@ -58,6 +58,7 @@ class Agent:
         self.epoch: int = start["epoch"]
         self.device: str = start["device"]
         self.torch_device: str = start["torch_device"]
+        self.custom: str = start.get("custom", "")  # its uuid, where it is registered here
         self.alike: str = start.get("alike", "")
         self.seed: int = start["seed"]
         self.spec: dict[str, Any] = start["spec"]

@@ -128,7 +128,7 @@ def _tell_failover(
 def _refuges(job: HostedJob, lost: str) -> list[Device]:
     """Where to go on, best first: backups, other devices like the lost one, the same device
     if its probe passes, then devices of other kinds."""
-    found = job.placer.ranked(exclude=tuple(job.lost_devices))
+    found = job.placer.ranked(exclude=tuple(job.lost_devices), named=(lost,))
     backups = [str(a) for a in job.view.spec.get("backup", ())]
     kind = lost.split(":")[0]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from drivetrain.hal.probe import probe, verdicts
 from drivetrain.migration.prediction import Past
 from drivetrain.placement import calibration
 from drivetrain.placement.policy import HEADROOM, Candidate, Placement, Workload, place
+from drivetrain.pytorch.support import Support, support
 from drivetrain.runtime import vendor
 from drivetrain.runtime.process import Worker
 from drivetrain.runtime.status import StatusPage
@@ -81,6 +83,7 @@ class Placer:
         self._key = script_key(str(spec["script"]))
         self._state_bytes = database.peak_bytes(self._key + ":state") or 0
         self._named = vendor.named_device(str(spec["script"]))
+        self._python = str(spec.get("python") or sys.executable)
 
     # -- choosing -------------------------------------------------------------------------
 
@@ -100,11 +103,18 @@ class Placer:
             last_peak_bytes=self._database.peak_bytes(self._key),
         )
 
-    def candidates(self) -> list[tuple[Candidate, Device]]:
-        """Every listed device as it is now; those not checked yet are probed first."""
-        devices = hal.devices()
+    def candidates(self, named: Sequence[str] = ()) -> list[tuple[Candidate, Device]]:
+        """Every listed device as it is now; those not checked yet are probed first. ``named``:
+        addresses asked for by name beside the submission's own."""
+        names = self._names(named)
+        devices = [*hal.devices(), *(d for d in hal.devices("simulated") if d.address in names)]
         known = verdicts(devices)
-        unchecked = [d for d in devices if known[d].usable is None and not self._passed_over(d)]
+        unchecked = [
+            d
+            for d in devices
+            if known[d].usable is None
+            and not (self._by_name_only(d) and not names & {d.driver, d.vendor.lower(), d.address})
+        ]
         if unchecked:
             known = {**known, **probe(unchecked)}
         seconds = self._database.step_seconds(self._key)
@@ -113,6 +123,7 @@ class Placer:
             total, free = self._room(device)
             peaks = calibration.load(device)
             reading = device.telemetry()
+            torch = self.support(device)
             found.append(
                 (
                     Candidate(
@@ -125,29 +136,35 @@ class Placer:
                         free_bytes=free,
                         domain=device.memory_domain,
                         utilisation=reading.utilisation,
-                        features=frozenset(_features(device)),
+                        features=frozenset(_features(device, torch)),
                         peaks=dict(peaks.peak_flops) if peaks is not None else {},
                         known_step_seconds=seconds.get(device.uuid),
                         usable=known[device].usable,
                         reason=known[device].reason,
-                        by_name_only=self._by_name_only(device),
+                        support=torch.reason,
+                        by_name_only=(self._by_name_only(device) or bool(torch.missing))
+                        and device.address not in names,
+                        hint=torch.missing,
                     ),
                     device,
                 )
             )
         return found
 
+    def support(self, device: Device) -> Support:
+        """How the torch of the job's environment gets at a device."""
+        return support(device, self._python)
+
     @staticmethod
     def _by_name_only(device: Device) -> bool:
-        """Another runtime on the processor, a route that PyTorch has no device for, or one on which
-        no job was shown yet."""
-        return device.info.by_name_only or device.driver in ("opencl", "hip")
+        """Another runtime on the processor, or a driver with which no job was shown yet on
+        hardware."""
+        return device.info.by_name_only or device.driver in ("opencl", "hip", "simulated")
 
-    def _passed_over(self, device: Device) -> bool:
-        """Whether it is used by name only, and the job does not name it."""
-        named = {str(self._spec.get("on") or ""), *map(str, self._spec.get("prefer", ()))}
-        names = {device.address, device.driver, device.vendor.lower()}
-        return self._by_name_only(device) and not names & {name.lower() for name in named}
+    def _names(self, more: Sequence[str]) -> set[str]:
+        """What the job is to run on by name, and ``more``: addresses, drivers, vendors."""
+        named = (self._spec.get("on"), *self._spec.get("prefer", ()), *more)
+        return {str(name).lower() for name in named if name}
 
     def _room(self, device: Device) -> tuple[int, int]:
         """(bytes that jobs may lease in all, bytes still free of leases) of a device's memory.
@@ -175,7 +192,7 @@ class Placer:
         wanted = on or str(self._spec.get("on") or "auto")
         if wanted != "auto":
             wanted = hal.device(wanted).address
-        pairs = self.candidates()
+        pairs = self.candidates((wanted,))
         listed = {device.address: device for _, device in pairs}
         if wanted != "auto" and wanted not in listed:
             raise BadInput(
@@ -185,8 +202,15 @@ class Placer:
         facts = decision.to_json()
         facts["device"] = decision.address
         device = listed[decision.address]
-        if self._named is not None and not _is_named(self._named.device_type, device):
-            there = device.isolation().torch_device
+        torch = self.support(device)
+        if torch.missing:
+            warning = (
+                f"{torch.missing}: {device.address} is used through Drivetrain's own kernels. "
+                f"With torch's build for {device.vendor} it is torch's own device"
+            )
+            facts["warnings"] = [*facts.get("warnings", ()), warning]
+        if self._named is not None and not _is_named(self._named.device_type, torch):
+            there = torch.torch_device or "a device of Drivetrain's"
             warning = vendor.warning(self._named, device.address, there)
             facts["warnings"] = [*facts.get("warnings", ()), warning]
         return facts, device
@@ -200,9 +224,11 @@ class Placer:
                 return place(self._workload(on, exclude, features), candidates)
         return place(self._workload(on, exclude), candidates)
 
-    def ranked(self, *, exclude: Sequence[str] = ()) -> list[Device]:
-        """Every device that could take the job now, best first."""
-        pairs = self.candidates()
+    def ranked(self, *, exclude: Sequence[str] = (), named: Sequence[str] = ()) -> list[Device]:
+        """Every device that could take the job now, best first. Those in ``named``, backups and
+        the standby's are asked for by name."""
+        backups = [*self._spec.get("backup", ()), self._spec.get("standby") or ""]
+        pairs = self.candidates((*named, *map(str, backups)))
         listed = {device.address: device for _, device in pairs}
         remaining = [candidate for candidate, _ in pairs]
         found: list[Device] = []
@@ -217,7 +243,11 @@ class Placer:
         return found
 
     def check_fits(self, device: Device, state_bytes: int, peak_bytes: int) -> None:
-        """Refuse, before anything is started, a target without room for the job."""
+        """Refuse, before anything is started, a target that torch cannot use, or without room for
+        the job."""
+        reason = self.support(device).reason
+        if reason:
+            raise BadInput(f"the job cannot go to {device.address}: {reason}")
         needed = int(self._spec.get("memory") or 0) or max(
             state_bytes, peak_bytes if device.driver == "cpu" else state_bytes
         )
@@ -310,15 +340,17 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _is_named(kind: str, device: Device) -> bool:
-    """Whether torch's devices of a kind are what a worker on ``device`` has."""
-    return device.isolation().torch_device.partition(":")[0] == kind
+def _is_named(kind: str, torch: Support) -> bool:
+    """Whether torch's devices of a kind are what a worker there has."""
+    return torch.torch_device.partition(":")[0] == kind
 
 
-def _features(device: Device) -> set[str]:
-    """A device's capabilities in the policy's words."""
+def _features(device: Device, torch: Support) -> set[str]:
+    """A device's capabilities in the policy's words. torch compiles for its own devices only."""
     told = device.capabilities
-    found = {"compile", vendor.FEATURE + device.isolation().torch_device.partition(":")[0]}
+    found: set[str] = set()
+    if torch.torch_device:
+        found = {"compile", vendor.FEATURE + torch.torch_device.partition(":")[0]}
     if device.driver == "cuda":
         major = int((told.compute or "0").split(".")[0] or 0)
         found |= {"f16", "graphs"} | ({"triton", "matrix"} if major >= 7 else set())

@@ -33,14 +33,13 @@ def place(job: HostedJob, on: str | None = None) -> Device:
 
 def spawn(job: HostedJob, role: str, device: Device) -> Worker:
     """Start a worker process on ``device`` with its lease; it waits for its start frame."""
-    isolation = device.isolation()
     lease = job.placer.lease(device, job.job_id)
     try:
         worker = Worker.spawn(
             role=role,
             address=device.address,
             python=job.view.spec["python"],
-            environment=isolation.environment,
+            environment=_environment(job, device),
             # A rehearsal gives the second copy another one: the order of sets must not count.
             hash_seed=job.options.get(f"{role}_hash_seed", job.view.spec["hash_seed"]),
             logs=job.directory / "logs",
@@ -53,10 +52,18 @@ def spawn(job: HostedJob, role: str, device: Device) -> Worker:
     return worker
 
 
+def _environment(job: HostedJob, device: Device) -> dict[str, str]:
+    """What a worker on ``device`` has over this process's environment. Which device becomes
+    torch's custom one is the worker's affair, not that of a package in its environment."""
+    custom = job.placer.support(device).custom
+    autoload = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"} if custom else {}
+    return {**device.isolation().environment, "DRIVETRAIN_AUTOLOAD": "", **autoload}
+
+
 def _hand_over_start(
     job: HostedJob, worker: Worker, device: Device, *, epoch: int, **more: Any
 ) -> None:
-    isolation = device.isolation()
+    isolation, torch = device.isolation(), job.placer.support(device)
     options = {"warm": "step", **more.pop("options", {})}
     worker.send(
         "start",
@@ -66,7 +73,8 @@ def _hand_over_start(
         worker=worker.key,
         epoch=epoch,
         device=device.address,
-        torch_device=isolation.torch_device,
+        torch_device=torch.torch_device,
+        custom=device.uuid if torch.custom else "",
         cpus=list(isolation.cpus or ()),
         seed=job.view.spec["seed"],
         spec=job.view.spec,

@@ -96,9 +96,23 @@ def _exit_code(value: object) -> int:
     return 1
 
 
+def _register(agent: Agent) -> None:
+    """Make the job's device torch's custom one, where torch has none for it."""
+    if not agent.custom:
+        return
+    from drivetrain import hal
+    from drivetrain.pytorch.devices import use
+
+    # By uuid: in this process, where others are hidden, its index may be another.
+    driver = agent.device.rpartition("/")[2].partition(":")[0]
+    agent.torch_device = str(use(hal.device(f"{driver}://{agent.custom}")))
+
+
 def _run(agent: Agent) -> dict[str, Any]:
     """Run the script; how it ended, as the ``exit`` event's fields."""
     try:
+        _register(agent)
+        seed_everything(agent.seed)
         _run_script(agent.spec["script"])
     except Moved:
         return {"kind": "moved", "code": 0}
@@ -139,7 +153,6 @@ def main() -> None:
     keep_devices(agent.notice)
     agent.event("hello", pid=os.getpid(), python=sys.version.split()[0])
     crash_point("worker.hello")
-    seed_everything(agent.seed)
     ending = _run(agent)
     if ending["kind"] == "moved":
         # Threads of the script's own must not keep a copy alive that does not own the job.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from drivetrain.pytorch import on_chip
 from drivetrain.runtime.agent import Agent
 from drivetrain.runtime.status import HIGH, STEP, STEP_END
 
@@ -70,4 +71,7 @@ class Pace:
 def _peak_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_reserved(device))
+    there = on_chip.peak_bytes(device) if on_chip.is_custom(device) else 0
+    if there:
+        return there
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

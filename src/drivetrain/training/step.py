@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from drivetrain.errors import Retry
+from drivetrain.pytorch import on_chip
 
 Number = float | int | bool | str
 
@@ -139,6 +140,9 @@ class StepGuard:
         # Philox: a seed and an offset are the whole state, and reading them asks no device.
         self._cuda: tuple[int, int] | None = None
         self._cuda_generator = _cuda_generator(device)
+        # A custom device's generator keeps its state on the host.
+        self._chip = torch.get_device_module(device) if on_chip.is_custom(device) else None
+        self._on_chip: torch.Tensor | None = None
         self.stepped = False
 
     def remember(self, *, gradients: bool) -> None:
@@ -150,6 +154,8 @@ class StepGuard:
         if self._cuda_generator is not None:
             generator = self._cuda_generator
             self._cuda = (generator.initial_seed(), generator.get_offset())
+        if self._chip is not None:
+            self._on_chip = self._chip.get_rng_state(self._device)
         if self._groups:
             with torch.no_grad():
                 for live, saved in self._groups:
@@ -171,6 +177,8 @@ class StepGuard:
         if self._cuda is not None and self._cuda_generator is not None:
             self._cuda_generator.manual_seed(self._cuda[0])
             self._cuda_generator.set_offset(self._cuda[1])
+        if self._chip is not None:
+            self._chip.set_rng_state(self._on_chip, self._device)
         with torch.no_grad():
             for live, saved in self._groups:
                 torch._foreach_copy_(live, saved)

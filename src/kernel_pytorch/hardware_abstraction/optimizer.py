@@ -123,7 +123,7 @@ class CapabilityAwareOptimizer:
     def _target(self, target: Any) -> tuple[torch.device, Any]:
         """torch's device and the capabilities."""
         from drivetrain import hal
-        from drivetrain.pytorch.optimize.capabilities import torch_device
+        from drivetrain.pytorch.devices import torch_device
 
         if isinstance(target, HardwareVendor) or str(target).lower() in set(HardwareVendor):
             vendor = vendor_named(target)

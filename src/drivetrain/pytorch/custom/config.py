@@ -51,8 +51,9 @@ class Config:
 
 
 def name_of(config: Config, backend: object) -> str:
-    """The checked torch name: the configuration's, else the backend's own. A driver's name that
-    torch keeps for itself (``opencl``) gets ``hal_`` before it. Raises BadInput."""
+    """The checked torch name: the configuration's, else the backend's own. In a driver's name what
+    torch does not take (digits) becomes ``_``, and one that torch keeps for itself (``opencl``)
+    gets ``hal_`` before it. Raises BadInput."""
     if config.name is not None:
         return checked_name(config.name)
     own = getattr(backend, "name", None)
@@ -60,6 +61,8 @@ def name_of(config: Config, backend: object) -> str:
         raise BadInput(f"a {type(backend).__name__} has no name; set .name, or give config.name")
     from drivetrain.pytorch.custom.hal_backend import HalBackend
 
+    if isinstance(backend, HalBackend) and own == backend.devices[0].driver:
+        own = re.sub(r"[^a-z_]", "_", own.lower())
     if isinstance(backend, HalBackend) and why_not(own):
         own = f"hal_{own}"
     return checked_name(own)

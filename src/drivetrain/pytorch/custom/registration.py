@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from drivetrain.errors import BadInput, Unsupported
+from drivetrain.hal.device import Device
 from drivetrain.pytorch.custom import (
     accelerator,
     autocast,
@@ -103,7 +104,7 @@ def register_custom_device(backend: Any, config: Config | None = None) -> Handle
     if not isinstance(config, Config):
         raise BadInput(f"config is a {type(config).__name__}; give a Config")
     with _lock:
-        given = backend if isinstance(backend, (list, tuple)) else (backend,)
+        given = _given(backend)
         if _handle is not None:
             return _again(_handle, given, config)
         _check_torch()
@@ -124,9 +125,17 @@ def registered() -> Handle | None:
     return _handle
 
 
+def _given(backend: Any) -> list[Any]:
+    """What was given, one after another; addresses are the devices that they name."""
+    from drivetrain import hal
+
+    several = backend if isinstance(backend, (list, tuple)) else (backend,)
+    return [hal.device(each) if isinstance(each, str) else each for each in several]
+
+
 def _again(handle: Handle, given: Sequence[Any], config: Config) -> Handle:
     same = len(given) == len(_handle_given) and all(
-        one is other or (isinstance(one, str) and one == other)
+        one is other or (isinstance(one, Device) and one == other)
         for one, other in zip(given, _handle_given, strict=True)
     )
     if same and config.name in (None, handle.name):
@@ -169,8 +178,8 @@ def _backends(given: Sequence[Any], config: Config) -> tuple[Any, ...]:
     found: list[Any] = []
     devices: list[hal.Device] = []
     for each in given:
-        if isinstance(each, (str, hal.Device)):
-            devices.append(hal.device(each) if isinstance(each, str) else each)
+        if isinstance(each, hal.Device):
+            devices.append(each)
             continue
         found.append(each)
     if devices and found:

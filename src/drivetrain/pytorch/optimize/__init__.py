@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from drivetrain.errors import BadInput, DeviceLost
+from drivetrain.pytorch.devices import torch_device
 from drivetrain.pytorch.optimize import cache as caching
 from drivetrain.pytorch.optimize import flags
-from drivetrain.pytorch.optimize.capabilities import facts_of, torch_device
+from drivetrain.pytorch.optimize.capabilities import facts_of
 from drivetrain.pytorch.optimize.report import Report, Trial
 from drivetrain.pytorch.optimize.search import MARGIN, Candidate, Search, build
 from drivetrain.pytorch.optimize.steps import Step, builtin
@@ -84,7 +85,8 @@ def optimize(
     ``in_place``: then the plan found is applied to them. A plan that was found is kept for this
     structure, torch and device; ``cache`` False neither reads nor keeps it, ``refresh`` only keeps.
 
-    Raises BadInput for arguments that cannot be meant and for a model that does not run, DeviceLost
+    Raises BadInput for arguments that cannot be meant and for a model that does not run,
+    Unsupported for a device that torch has not (`drivetrain.pytorch.devices`), DeviceLost
     where a step took the device down: the next search, in another process, leaves it out.
     """
     _check(model, objective, tolerance, optimizer, steps, seconds)

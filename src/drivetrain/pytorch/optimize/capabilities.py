@@ -14,9 +14,7 @@ import torch
 from drivetrain import hal
 from drivetrain.errors import BadInput, DrivetrainError
 
-__all__ = ["Facts", "facts_of", "lost", "synchronize", "torch_device"]
-
-_IN_TREE = {"cuda": "cuda", "hip": "cuda", "sycl": "xpu", "level_zero": "xpu"}
+__all__ = ["Facts", "facts_of", "lost", "synchronize"]
 
 
 @dataclass(frozen=True)
@@ -49,38 +47,6 @@ class Facts:
         if self.device.type in ("cuda", "xpu"):
             return _triton()
         return f"torch's compiler makes no code for {self.device.type}"
-
-
-def torch_device(device: Any) -> torch.device:
-    """The torch device behind an address, a `hal.Device` or a ``torch.device``.
-
-    ``cpu:1`` is torch's only ``cpu``. Raises BadInput for a device that torch does not know.
-    """
-    if isinstance(device, torch.device):
-        return device
-    if isinstance(device, str):
-        try:
-            known = torch.device(device)
-        except RuntimeError:
-            known = None
-        if known is not None:
-            return torch.device("cpu") if known.type == "cpu" else known
-        device = hal.device(device)
-    if not isinstance(device, hal.Device):
-        raise BadInput(
-            f"{type(device).__name__} is no device; give an address such as 'cuda:0', a "
-            "hal.Device or a torch.device"
-        )
-    if device.driver == "cpu":
-        return torch.device("cpu")
-    kind = _IN_TREE.get(device.driver, torch._C._get_privateuse1_backend_name())
-    own = getattr(torch, kind, None)
-    if device.driver not in _IN_TREE and not (kind != "privateuseone" and own is not None):
-        raise BadInput(
-            f"torch has no device for {device.address}; register it first with "
-            "drivetrain.pytorch's register_custom_device, or choose another device"
-        )
-    return torch.device(kind, device.index)
 
 
 def synchronize(device: torch.device) -> None:
