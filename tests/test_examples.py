@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SLOW = {"accumulation", "compile_amp", "ema_gan", "evaluation"}
+SLOW = {"accumulation", "compile_amp", "ema_gan", "evaluation", "loader_workers", "plain"}
 SCRIPTS = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.soak] if path.stem in SLOW else [])
     for path in sorted(EXAMPLES.glob("*.py"))

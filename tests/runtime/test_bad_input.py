@@ -10,13 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
-from .conftest import LIMIT_S, SCRIPT, Home, Hosted, waiting_target
+from .conftest import LIMIT_S, SCRIPT, Home, waiting_target
 
 Unmoved = Callable[..., dict[str, Any]]
 ROOT = os.geteuid() == 0
@@ -95,18 +95,10 @@ def test_an_environment_without_torch_is_refused_with_the_install_line(home: Hom
     assert home.records() == []
 
 
-@pytest.fixture
-def running(home: Home) -> Iterator[Hosted]:
+def test_what_cannot_be_meant_leaves_the_job_alone(home: Home) -> None:
     hosted = home.run("--on", "cpu:0", "--name", "j", "--replicate-every", "1")
-    home.wait_step(3, "j")
-    yield hosted
-    if hosted.process.poll() is None:
-        home.go.touch()
-        assert hosted.wait() == 0
-
-
-def test_moves_that_cannot_be_meant_leave_the_job_alone(home: Home, running: Hosted) -> None:
-    before, pid = journal(home), home.wait_step(3, "j")
+    pid = home.wait_step(3, "j")
+    before = journal(home)
     refused(home, "migrate", "j", "--to", "cpu:97", says="cpu:97")
     refused(home, "migrate", "j", "--to", "", says="")
     refused(home, "migrate", "j", "--to", "cpu:0", says="cpu:0 already")
@@ -120,6 +112,35 @@ def test_moves_that_cannot_be_meant_leave_the_job_alone(home: Home, running: Hos
     refused(home, "run", "--resume", "j", says="alive")
     assert journal(home) == before
     assert home.wait_step(4, "j") == pid
+    if ROOT:  # who alone can give a folder away
+        somebody_else_cannot(home)
+    home.go.touch()
+    assert hosted.wait() == 0
+    an_ended_job_cannot(home)
+
+
+def somebody_else_cannot(home: Home) -> None:
+    job = home.job("j")
+    assert job is not None
+    os.chown(job.directory, 12345, 12345)
+    try:
+        for words in (("show", "j"), ("pause", "j"), ("stop", "j"), ("run", "--resume", "j")):
+            refused(home, *words, says="not yours")
+    finally:
+        os.chown(job.directory, 0, 0)
+
+
+def an_ended_job_cannot(home: Home) -> None:
+    before = journal(home)
+    for words in (
+        ("migrate", "j", "--to", "cpu:1"),
+        ("pause", "j"),
+        ("resume", "j"),
+        ("stop", "j"),
+        ("run", "--resume", "j"),
+    ):
+        refused(home, *words, says="has ended")
+    assert journal(home) == before
 
 
 @pytest.mark.soak
@@ -153,21 +174,6 @@ def test_a_second_move_while_one_runs_is_refused(home: Home) -> None:
     assert hosted.wait() == 0
 
 
-def test_an_ended_job_cannot_be_moved(home: Home, running: Hosted) -> None:
-    home.go.touch()
-    assert running.wait() == 0
-    before = journal(home)
-    for words in (
-        ("migrate", "j", "--to", "cpu:1"),
-        ("pause", "j"),
-        ("resume", "j"),
-        ("stop", "j"),
-        ("run", "--resume", "j"),
-    ):
-        refused(home, *words, says="has ended")
-    assert journal(home) == before
-
-
 def test_a_target_with_too_little_memory_is_refused(home: Home) -> None:
     facts = json.loads(home.ok("devices", "--json"))["devices"][0]
     most = int(facts["free_bytes"] * 0.6)
@@ -179,18 +185,6 @@ def test_a_target_with_too_little_memory_is_refused(home: Home) -> None:
     assert home.wait_step(4, "j") == pid
     home.go.touch()
     assert hosted.wait() == 0
-
-
-@pytest.mark.skipif(not ROOT, reason="only root can give a folder away")
-def test_a_job_of_somebody_else_is_refused(home: Home, running: Hosted) -> None:
-    job = home.job("j")
-    assert job is not None
-    os.chown(job.directory, 12345, 12345)
-    try:
-        for words in (("show", "j"), ("pause", "j"), ("stop", "j"), ("run", "--resume", "j")):
-            refused(home, *words, says="not yours")
-    finally:
-        os.chown(job.directory, 0, 0)
 
 
 # -- damage ---------------------------------------------------------------------------------------

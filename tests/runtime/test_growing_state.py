@@ -37,6 +37,7 @@ def write(home: Home, folder: Path, line: str, steps: int) -> str:
     return str(path)
 
 
+@pytest.mark.soak
 def test_a_description_that_outgrows_its_slot_gets_a_larger_one(home: Home, tmp_path: Path) -> None:
     script = write(home, tmp_path, GROWS, 100)
     hosted = home.run("--on", "cpu:0", "--name", "g", "--replicate-every", "1", script=script)

@@ -147,6 +147,7 @@ for step in run:
 """
 
 
+@pytest.mark.soak
 def test_a_generator_that_was_not_given_shows_in_the_state(runtime, tmp_path):
     """The control: what is not state does not move, and the comparison above would see it."""
     ends = {}

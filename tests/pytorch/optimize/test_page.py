@@ -51,6 +51,7 @@ def test_the_code_on_the_page_runs(tmp_path: Path) -> None:
     assert "kept: " in done.stdout
 
 
+@pytest.mark.soak
 def test_the_command_prints_the_report_and_remembers_the_plan(tmp_path: Path) -> None:
     (tmp_path / "models.py").write_text(MODELS)
     words = ["-m", "drivetrain", "optimize", "models.py:small", "--on", "cpu:0"]
