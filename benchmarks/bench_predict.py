@@ -1,7 +1,8 @@
 """How far a move's predicted downtime is from the real one, on moves of the demo's size.
 
 Start and end as in bench_move.py; the gate counts moves within 25% out of ten, after the three
-that the model learns this pair of devices from.
+that the model learns this pair of devices from. The control is the best single number in hindsight:
+where the moves differ so much that it, too, is wrong too often, nothing is decided.
 """
 
 from __future__ import annotations
@@ -23,13 +24,17 @@ WANTED = 8
 STEPS_BETWEEN = 40
 
 
+def far(predicted: float, real: float) -> bool:
+    return abs(predicted - real) > WITHIN * real
+
+
 def main() -> int:
     report = Report("predict")
     if len(os.sched_getaffinity(0)) < 2:
         print("undecided: two CPU partitions need two cores")
         return 0
     os.environ["DRIVETRAIN_CPU_PARTITIONS"] = "2"
-    within = 0
+    missed, reals = 0, []
     with tempfile.TemporaryDirectory() as home:
         os.environ["DRIVETRAIN_HOME"] = home
         from drivetrain.runtime import Runtime
@@ -44,16 +49,18 @@ def main() -> int:
                     pass
                 move = job.migrate("cpu:1" if number % 2 == 0 else "cpu:0")
                 real, predicted = move["downtime_ms"], move["predicted_downtime_ms"]
-                near = abs(predicted - real) <= WITHIN * real
-                within += near and number >= LEARNT
-                print(
-                    f"  {'learning' if number < LEARNT else 'near' if near else 'far':8} "
-                    f"downtime {real:.1f} ms, predicted {predicted:.1f} ms",
-                    flush=True,
-                )
+                how = "learning"
+                if number >= LEARNT:
+                    reals.append(real)
+                    missed += far(predicted, real)
+                    how = "far" if far(predicted, real) else "near"
+                print(f"  {how:8} downtime {real:.1f} ms, predicted {predicted:.1f} ms", flush=True)
             job.stop()
     name = f"moves of {MOVES} predicted worse than within 25%"
-    report.add(Gate(name, MOVES - within, MOVES - WANTED))
+    limit = MOVES - WANTED
+    hindsight = min(sum(far(best, real) for real in reals) for best in reals)
+    detail = f"the best single number in hindsight: {hindsight}"
+    report.add(Gate(name, missed, limit, spread=hindsight, room=limit, detail=detail))
     return report.finish()
 
 
