@@ -40,11 +40,12 @@ def installed(tmp_path: Path) -> Path:
     [
         ({"DRIVETRAIN_AUTOLOAD": "simulated:0"}, "simulated"),
         ({}, "privateuseone"),
-        (
+        pytest.param(
             {"DRIVETRAIN_AUTOLOAD": "simulated:0", "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
             "privateuseone",
+            marks=pytest.mark.soak,
         ),
-        ({"DRIVETRAIN_AUTOLOAD": "simulated:7"}, ""),
+        pytest.param({"DRIVETRAIN_AUTOLOAD": "simulated:7"}, "", marks=pytest.mark.soak),
     ],
 )
 def test_importing_torch_registers_only_the_device_that_the_variable_names(

@@ -106,6 +106,7 @@ def page(report: Mapping[str, Any], losses: Iterable[tuple[int, float]]) -> str:
         _table(_MOVE_COLUMNS, moves),
         "<h2>Lost worker</h2>",
         _facts(failover, "Killed with SIGKILL while it trained."),
+        *_chip(report.get("chip")),
         "<h2>The end</h2>",
         _facts(report.get("final"), "Compared with the same training that was never moved."),
         "<h2>Cost of the loop</h2>",
@@ -117,6 +118,18 @@ def page(report: Mapping[str, Any], losses: Iterable[tuple[int, float]]) -> str:
         "</main></body></html>\n",
     ]
     return "".join(parts)
+
+
+def _chip(chip: Mapping[str, Any] | None) -> list[str]:
+    """The second job, on a device that torch does not know; nothing where there was none."""
+    if not chip:
+        return []
+    rest = {name: given for name, given in chip.items() if name != "migrations"}
+    return [
+        "<h2>A chip that torch does not know</h2>",
+        _table(_MOVE_COLUMNS, chip.get("migrations") or []),
+        _facts(rest, "Other kernels and random numbers: samples are counted, bits not compared."),
+    ]
 
 
 def _verdict(report: Mapping[str, Any]) -> str:

@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from drivetrain.cli.demo.report import write_html
-from drivetrain.errors import BadInput, JobError
+from drivetrain.errors import BadInput, DrivetrainError, JobError
+from drivetrain.pytorch.support import support
 
 EPOCHS = 50
+CHIP_EPOCHS = 12
+_CHIP_STEPS = 8
 _SCRIPT = Path(__file__).with_name("train_digits.py")
 _MOVE_FIELDS = (
     "strategy",
@@ -74,6 +77,27 @@ def _faults(report: dict[str, Any]) -> list[str]:
     lost = report["failover"]
     if lost["samples_lost"] or lost["samples_doubled"]:
         found.append(f"{lost['samples_lost']} samples lost, {lost['samples_doubled']} doubled")
+    return found + _chip_faults(report["chip"])
+
+
+def _chip_faults(chip: dict[str, Any] | None) -> list[str]:
+    """Of the job on a chip."""
+    if chip is None:
+        return []
+    if "error" in chip:
+        return [f"{chip['device']} did not do it: {chip['error']}"]
+    found = [
+        f"the move {move['from']} -> {move['to']} did not arrive with its hash"
+        for move in chip["migrations"]
+        if not move["ok"] or move["hash_source"] != move["hash_target"]
+    ]
+    if chip["samples_lost"] or chip["samples_doubled"]:
+        found.append(
+            f"{chip['samples_lost']} samples lost, {chip['samples_doubled']} doubled in the job on "
+            f"{chip['device']}"
+        )
+    if chip["accuracy"] < 0.95:
+        found.append(f"the accuracy by way of {chip['device']} is {chip['accuracy']:.3f}")
     return found
 
 
@@ -98,7 +122,8 @@ class _Demo:
         with Runtime() as runtime:
             moved, job, failover = self._moved(runtime)
             alone, left = self._controls(runtime)
-            accelerated = self._accelerated(runtime, addresses)
+            accelerated = self._accelerated(runtime, devices)
+            chip = self._chip(runtime, devices)
         facts = job.report()
         losses = _losses(job.directory)
         same = moved["state_hash"] == alone["state_hash"] == left["state_hash"]
@@ -110,6 +135,7 @@ class _Demo:
             "placement": facts["placement"],
             "migrations": [_picked(move) for move in facts["moves"]] + accelerated,
             "failover": failover,
+            "chip": chip,
             "final": {
                 "accuracy": moved["accuracy"],
                 "loss": moved["loss"],
@@ -178,9 +204,9 @@ class _Demo:
                 plain.kill()
         return json.loads(alone.read_text(encoding="utf-8")), found
 
-    def _accelerated(self, runtime: Any, addresses: list[str]) -> list[dict[str, Any]]:
-        """With a GPU: the same job from it to the CPU and back."""
-        gpus = [address for address in addresses if not address.startswith("cpu")]
+    def _accelerated(self, runtime: Any, devices: Any) -> list[dict[str, Any]]:
+        """With a GPU of torch's: the same job from it to the CPU and back."""
+        gpus = [d.address for d in devices if d.driver != "cpu" and support(d).torch_device]
         if not gpus:
             return []
         gpu = gpus[0]
@@ -195,6 +221,42 @@ class _Demo:
         self._until(job, 1.0)
         self._ended(job, result)
         return [_picked(move) for move in job.report()["moves"]]
+
+    def _chip(self, runtime: Any, devices: Any) -> dict[str, Any] | None:
+        """With a device that torch does not know: a shorter job from it, to it and from it again.
+        Kernels and random numbers are others there than on the processor, so that what is shown is
+        the state at each move, each sample's count, and the accuracy; not the last bits."""
+        from drivetrain.hal.probe import probe
+
+        chips = [device for device in devices if support(device).custom]
+        known = probe(chips)
+        chips = [device for device in chips if known[device].usable]
+        if not chips:
+            return None
+        chip = chips[0].address
+        _say(f"\na shorter job on {chip}, which torch does not know, and on the processor in turns")
+        result = self._folder / "chip.json"
+        self._steps = CHIP_EPOCHS * 23
+        # First on the chip: compiling takes longer there than such a job on the processor.
+        arguments = [str(result), "--epochs", str(CHIP_EPOCHS)]
+        job = runtime.submit(_SCRIPT, arguments, on=chip, name="chip")
+        try:
+            self._until(job, _CHIP_STEPS / self._steps)
+            self._move(job, "cpu:0", "immediate")
+            self._move(job, chip, "immediate")
+            self._until(job, (job.step + _CHIP_STEPS) / self._steps)
+            self._move(job, "cpu:1", "immediate")
+            self._until(job, 1.0)
+            found = self._ended(job, result)
+        except DrivetrainError as error:
+            _say(f"  {chip} did not do it: {error}")
+            return {"device": chip, "error": str(error)}
+        told = ("steps", "accuracy", "samples", "samples_lost", "samples_doubled")
+        return {
+            "device": chip,
+            "migrations": [_picked(move) for move in job.report()["moves"]],
+            **{name: found[name] for name in told},
+        }
 
     # -- what happens in them -----------------------------------------------------------------
 
