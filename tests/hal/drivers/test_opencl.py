@@ -118,7 +118,7 @@ def test_a_runtime_on_the_processor_is_a_device_of_its_own_chosen_by_name(run: R
 
 @platform
 def test_a_job_goes_to_an_opencl_device_only_when_it_is_named(run: Run) -> None:
-    """PyTorch has none, so that ``auto`` passes over each of them."""
+    """No job was shown yet on a GPU by OpenCL, so that ``auto`` passes over each of them."""
     found = run(
         """
         from pathlib import Path
