@@ -14,6 +14,7 @@ _SCRIPT_ARGS: list[str] = []
 
 def _mount() -> typer.Typer:
     from drivetrain.cli import calibrate, conformance, devices, doctor, drivers, jobs, port, run
+    from drivetrain.cli.capabilities import capabilities
     from drivetrain.cli.exporter import exporter
     from drivetrain.cli.optimize import optimize
 
@@ -27,6 +28,7 @@ def _mount() -> typer.Typer:
     )
     app.callback()(_top)
     app.command()(devices.devices)
+    app.command()(capabilities)
     app.command()(doctor.doctor)
     app.command()(calibrate.calibrate)
     app.command()(optimize)
