@@ -155,6 +155,8 @@ class Registrar:
         """Operations that torch would make of two (memory, then the ``out`` form): one way there
         and back is enough."""
         names = [f"aten::{name}" for name in _ONE_WAY]
+        if "aten::mul.Tensor" not in self.taken:
+            names.append("aten::addr")  # in parts it rounds otherwise than the CPU's own
         has = torch._C._dispatch_has_kernel_for_dispatch_key
         for name in torch._C._dispatch_get_all_op_names():
             if (

@@ -1,7 +1,7 @@
-"""Sparse tensors in coordinate form on the device: indices and values of it, computed on the CPU.
+"""Sparse tensors on the device: indices and values of it, computed with on the CPU.
 
 What touches no elements is the CPU's own, as with views. Other operations run on the CPU, counted.
-Compressed forms (CSR and the like) are not there.
+Coordinate form and the compressed ones (CSR, CSC, BSR, BSC).
 """
 
 from __future__ import annotations
@@ -15,34 +15,56 @@ from torch import Tensor
 
 from drivetrain.errors import Unsupported
 from drivetrain.pytorch.custom.runtime import Runtime
-from drivetrain.pytorch.custom.schema import overload, plan_of, words
+from drivetrain.pytorch.custom.schema import argument_at, overload, plan_of, words
 
-KEY = "SparsePrivateUse1"
-_FACTS = words(
+COMPRESSED = "SparseCsrPrivateUse1"
+_FACTS = {
+    "SparsePrivateUse1": words(
+        """
+        _sparse_coo_tensor_with_dims_and_tensors _sparse_coo_tensor_with_dims _indices _values
+        sparse_dim dense_dim _dimI _dimV _nnz is_coalesced _coalesced_
+        """
+    ),
+    COMPRESSED: words(
+        "crow_indices col_indices ccol_indices row_indices values _nnz sparse_dim dense_dim"
+    ),
+}
+"""By the key of the form."""
+_FROM_DENSE = words(
     """
-    _sparse_coo_tensor_with_dims_and_tensors _sparse_coo_tensor_with_dims _indices _values
-    sparse_dim dense_dim _dimI _dimV _nnz is_coalesced _coalesced_
+    _to_sparse _to_sparse.sparse_dim _to_sparse_csr _to_sparse_csc _to_sparse_bsr _to_sparse_bsc
+    sparse_mask
     """
 )
-_FROM_DENSE = ("_to_sparse", "_to_sparse.sparse_dim")
+_BY_ROW = (torch.sparse_csr, torch.sparse_bsr)
 _libraries: list[Any] = []
 Library: Any = torch.library.Library
 
 
 def register(runtime: Runtime) -> None:
     """From here on ``to_sparse()``, sparse gradients and `torch.optim.SparseAdam` work."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.SparseCPU)
     library, rest = Library("aten", "IMPL"), Library("_", "IMPL")
-    for name in _FACTS:
-        op = overload(f"aten::{name}")
-        if op is not None:
-            library.impl(name, partial(op._handle.redispatch_boxed, keys), KEY)
+    run: Callable[..., Any] = partial(_run, runtime)
+    for key, names in _FACTS.items():
+        own = getattr(torch._C.DispatchKey, key.replace("PrivateUse1", "CPU"))
+        keys = torch._C.DispatchKeySet(own)
+        for name in names:
+            op = overload(f"aten::{name}")
+            if op is not None:
+                library.impl(name, partial(op._handle.redispatch_boxed, keys), key)
+        rest.fallback(run, key)
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    for name in torch._C._dispatch_get_all_op_names():
+        short = name.removeprefix("aten::")
+        if not has(name, "SparseCsrCPU") or short.startswith(("empty", "resize")):
+            continue
+        op = overload(name)
+        if short not in _FACTS[COMPRESSED] and op is not None and not plan_of(op).written:
+            library.impl(short, partial(_run, runtime, op), COMPRESSED)  # whole, not in parts
     for name in _FROM_DENSE:
         op = overload(f"aten::{name}")
         if op is not None:
             library.impl(name, partial(_run, runtime, op), "PrivateUse1")
-    run: Callable[..., Any] = partial(_run, runtime)
-    rest.fallback(run, KEY)
     _libraries.extend((library, rest))
 
 
@@ -53,11 +75,18 @@ def _run(runtime: Runtime, op: Any, *args: Any, **kwargs: Any) -> Any:
     runtime.fallbacks.note(plan.name)
     hosts = [_to(runtime, each, torch.device("cpu")) for each in args]
     more = {name: _to(runtime, each, torch.device("cpu")) for name, each in kwargs.items()}
-    out = op(*hosts, **more)
+    if op is torch.ops.aten._sparse_mm_reduce_impl.default:
+        # Torch's CPU leaves out the positions that backward reads unless it sees who needs them.
+        hosts[0] = hosts[0].detach().requires_grad_()
+        with torch.enable_grad():
+            out = tuple(each.detach() for each in op(*hosts, **more))
+    else:
+        out = op(*hosts, **more)
     if not plan.written:
         return _to(runtime, out, device)
-    (position, _), *others = plan.written
-    if others or position >= len(args) or args[position].layout is not torch.strided:
+    place, *others = plan.written
+    target = argument_at(place, args, kwargs)
+    if others or target.layout is not torch.strided:
         raise Unsupported(
             f"{plan.name} writes to a sparse tensor of {runtime.name}; use the form that gives a "
             "new one, or move it to the CPU",
@@ -65,8 +94,10 @@ def _run(runtime: Runtime, op: Any, *args: Any, **kwargs: Any) -> Any:
             driver=runtime.name,
             op=plan.name,
         )
-    args[position].copy_(hosts[position])
-    return args[position]
+    host = argument_at(place, tuple(hosts), more)
+    if target.shape != host.shape:
+        target.resize_(host.shape)
+    return target.copy_(host)
 
 
 def _is_ours(runtime: Runtime, value: Any) -> bool:
@@ -80,8 +111,18 @@ def _to(runtime: Runtime, value: Any, device: torch.device) -> Any:
         return device
     if not isinstance(value, Tensor) or value.device == device:
         return value
-    if value.layout is not torch.sparse_coo:
+    if value.layout is torch.strided:
         return value.to(device)
+    if value.layout is not torch.sparse_coo:
+        by_row = value.layout in _BY_ROW
+        return torch.sparse_compressed_tensor(
+            (value.crow_indices() if by_row else value.ccol_indices()).to(device),
+            (value.col_indices() if by_row else value.row_indices()).to(device),
+            value.values().to(device),
+            value.shape,
+            layout=value.layout,
+            check_invariants=False,
+        )
     return torch.sparse_coo_tensor(
         value._indices().to(device),
         value._values().to(device),
