@@ -49,7 +49,7 @@ def run(tmp_path: Path) -> Callable[..., str]:
             capture_output=True,
             text=True,
             check=False,
-            timeout=110,
+            timeout=1100,  # pytest ends a test before that
             cwd=tmp_path,
             env={**os.environ, "DRIVETRAIN_HOME": str(tmp_path / "home"), **environment},
         )
