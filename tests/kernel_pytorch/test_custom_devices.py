@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
+
+from drivetrain.hal.shared_library import INCLUDE
 
 from .conftest import LIMIT, Script
 from .test_abstraction import REFUSED
@@ -250,3 +256,60 @@ def test_a_model_goes_to_its_target_with_the_steps_that_the_capabilities_allow(
 @pytest.mark.soak
 def test_a_model_is_tuned_by_a_search(script: Script) -> None:
     assert script(REFUSED + TUNED, "search").stdout == "held\n"
+
+
+LIBRARY = """
+    import sys, warnings
+    import torch
+    from drivetrain.errors import HalError
+    from drivetrain.pytorch import devices
+    from kernel_pytorch.hardware_abstraction.privateuse1_integration import (
+        register_custom_device, CustomDeviceBackend, PrivateUse1Config
+    )
+    warnings.simplefilter("ignore")
+    whole, broken = sys.argv[1:]
+
+    class Chip(CustomDeviceBackend):
+        def allocate_memory(self, size, device_id):
+            raise AssertionError("the library has the memory")
+        def kernels(self):
+            def sin(x):  # a mark of its own: this one is the backend's
+                return torch.full(x.shape, 7.0).to(x.device)
+            return {"aten::sin": sin}
+
+    chip = Chip("chip")
+    refused(lambda: register_custom_device(chip, PrivateUse1Config("chip", backend_library=broken)),
+            "takes version 1", kind=HalError)
+    found = register_custom_device(chip, PrivateUse1Config("chip", backend_library=whole))
+    assert found.device == torch.device("chip:0") and found.library is not None
+    told = torch.chip.get_device_properties(0)
+    assert told.address == "tinychip:0" and told.total_memory > 0, told
+    here = devices.hal_device("chip:0")
+    assert here.driver == "tinychip" and here.memory().free_bytes > 0
+    assert here.telemetry().health == "ok", here.telemetry()
+    torch.manual_seed(0)
+    model, x = torch.nn.Linear(8, 3), torch.randn(5, 8)
+    expected = model(x)
+    there = model.to("chip")(x.to("chip"))
+    assert there.device == found.device and torch.allclose(there.cpu(), expected, atol=1e-6)
+    assert torch.equal(x.to("chip").cpu(), x)
+    assert x.to("chip").sin().tolist() == [[7.0] * 8] * 5
+    print("held")
+"""
+
+
+def test_a_backend_library_that_exports_the_table_is_the_driver(
+    script: Script, tmp_path: Path
+) -> None:
+    if shutil.which("cc") is None:
+        pytest.skip("needs a C compiler")
+    text = (Path(__file__).parents[2] / "examples/driver_template/c/tinychip.c").read_text()
+    libraries = []
+    for name, code in (("whole", text), ("broken", text.replace(".version = 1,", ".version = 9,"))):
+        source, library = tmp_path / f"{name}.c", tmp_path / f"lib{name}.so"
+        source.write_text(code)
+        flags = ["-shared", "-fPIC", "-std=gnu11", "-O1", "-pthread", "-I", INCLUDE]
+        subprocess.run(["cc", *flags, "-o", str(library), str(source)], check=True)
+        libraries.append(str(library))
+    done = script(REFUSED + LIBRARY, *libraries)
+    assert done.stdout.endswith("held\n")

@@ -301,7 +301,7 @@ def _unknown(address: str, found: _Found) -> str:
 
 def telemetry(device: Device) -> Telemetry:
     """The device's sensors now; what cannot be read within 2 s is told as health ``unknown``."""
-    if device.driver not in loading.BUILT_IN:
+    if not loading.is_here(device.driver):
         request = isolated.Request("telemetry", device.driver, _facts(device.info))
         answer = isolated.run({"": request}, TELEMETRY_LIMIT_S)[""]
         try:
@@ -311,7 +311,7 @@ def telemetry(device: Device) -> Telemetry:
         except ValueError as error:
             reason = str(error)
         return Telemetry(health=f"unknown: {reason}", at=time.time())
-    driver = loading.built_in(device.driver)
+    driver = loading.load(device.driver)
     if driver.in_process:
         return driver.telemetry(device.info)
     return _within_limit(device, lambda: driver.telemetry(device.info))

@@ -27,6 +27,8 @@ from drivetrain.errors import (
     OutOfMemory,
     Unsupported,
 )
+from drivetrain.hal import loading
+from drivetrain.hal.device import Device
 from drivetrain.hal.driver import GROUPS, Driver
 
 VERSION = 1
@@ -326,3 +328,36 @@ def driver(path: Path | str) -> Driver:
     from drivetrain.hal.shared_library_driver import made
 
     return made(path)
+
+
+_here: dict[str, tuple[Device, ...]] = {}
+
+
+def devices(path: Path | str) -> tuple[Device, ...]:
+    """The devices of the library at ``path``, for this process only: it is loaded here, without
+    an entry point, and its devices are in no listing. The same path gives the same devices.
+
+    Raises what `load` raises, DriverMissing where it has no device, and BadInput where another
+    driver has its name.
+    """
+    key = str(path)
+    if key not in _here:
+        made = driver(path)
+        found = made.discover()
+        if not found:
+            raise DriverMissing(f"{key}: {made.name} found no device", code="driver_missing")
+        loading.give(made)
+        addresses = [f"{made.name}:{info.index}" for info in found]
+        _here[key] = tuple(
+            Device(address, info, info.uuid, (address,))
+            for address, info in zip(addresses, found, strict=True)
+        )
+    return _here[key]
+
+
+def is_driver(path: Path | str) -> bool:
+    """Whether the library exports the table. Raises DriverMissing when it cannot be loaded."""
+    try:
+        return hasattr(ctypes.CDLL(str(path)), SYMBOL)
+    except OSError as error:
+        raise DriverMissing(f"{path} cannot be loaded: {error}", code="driver_missing") from error

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, HalError
+from drivetrain.hal import shared_library
 from kernel_pytorch._kept import kept
 from kernel_pytorch.hardware_abstraction.backend_memory import BackendMemory
 from kernel_pytorch.hardware_abstraction.hal_core import HardwareVendor, vendor_named
@@ -70,7 +71,12 @@ class CustomDeviceBackend:
 
 @dataclass(frozen=True)
 class PrivateUse1Config:
-    """How a custom device is registered. ``backend_library`` is loaded where it is found."""
+    """How a custom device is registered.
+
+    A ``backend_library`` that exports ``drivetrain_driver_v1`` (docs/write_a_driver.md) *is* the
+    driver: the devices, their memory and kernels are the library's, and of the backend only
+    ``kernels``, ``compile_graph`` and ``collectives`` are asked. Any other is only loaded.
+    """
 
     device_name: str
     vendor: HardwareVendor | str = HardwareVendor.CUSTOM_ASIC
@@ -149,8 +155,12 @@ def register_custom_device(
     checked_name(chosen.device_name)
     if not chosen.enable_autograd:
         warnings.warn("enable_autograd=False: autograd cannot be taken away here", stacklevel=2)
-    adapted = _Adapted(backend, chosen)
     library = _library(chosen.backend_library)
+    adapted: Any
+    if library is not None and shared_library.is_driver(str(chosen.backend_library)):
+        adapted = _driven(backend, chosen)
+    else:
+        adapted = _Adapted(backend, chosen)
     handle = custom.register_custom_device(adapted, custom.Config(name=chosen.device_name))
     registration = Registration(handle, library)
     _registered.append((backend, chosen, registration))
@@ -170,6 +180,23 @@ def _library(name: str | None) -> ctypes.CDLL | None:
             stacklevel=3,
         )
         return None
+
+
+def _driven(backend: CustomDeviceBackend, config: PrivateUse1Config) -> Any:
+    """Devices of the library, with what the guide's backend has for torch beside them."""
+    from drivetrain.pytorch.custom.hal_backend import HalBackend
+    from drivetrain.pytorch.custom.protocol import kernels_of
+
+    class Driven(HalBackend):
+        def kernels(self) -> Mapping[str, Any]:
+            return {**super().kernels(), **kernels_of(backend)}
+
+    made = Driven(shared_library.devices(str(config.backend_library)), config.device_name)
+    optional = ("collectives", "compile_graph") if config.enable_compilation else ("collectives",)
+    for name in optional:
+        if callable(getattr(backend, name, None)):
+            setattr(made, name, getattr(backend, name))
+    return made
 
 
 class _Adapted:
