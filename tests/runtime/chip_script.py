@@ -55,7 +55,7 @@ for step in run:
             places[device.type] = places.get(device.type, 0) + 1
         if options.go and not step.dry and not os.path.exists(options.go):
             # Slower and slower, so that it cannot end before the test is done with it.
-            time.sleep((0.05, 0.3, 2.0, 10.0)[4 * step.index // options.steps])
+            time.sleep((0.05, 0.3, 1.5, 4.0)[4 * step.index // options.steps])
 
 with torch.no_grad():
     loss = (model(x.to(device)) - y.to(device)).square().mean().item()

@@ -18,6 +18,8 @@ from drivetrain import hal
 
 from .conftest import LIMIT_S, Home, until
 
+pytestmark = pytest.mark.timeout(400)  # kernels are compiled first, on a machine that may be busy
+
 SCRIPT = Path(__file__).with_name("chip_script.py")
 ROOT = Path(__file__).parents[2]
 
