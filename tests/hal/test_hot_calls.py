@@ -201,3 +201,25 @@ def test_an_event_outlives_its_device(rig: Any) -> None:
     del stream
     del event
     gc.collect()
+
+
+def test_a_structure_goes_as_bytes_or_as_any_buffer_of_its_length() -> None:
+    """By C where it is bytes, through Python where it is not; never one of another length."""
+    source = hal.Source.cuda(
+        "struct Two { long long n[2]; };\n"
+        'extern "C" __global__ void put(long long *out, Two w, int i) { out[i] = w.n[0] - w.n[1]; }'
+    )
+    device = hal.device("cpu:0")
+    stream = device.stream()
+    out = device.alloc(24, stream=stream)
+    kernel = device.compile(source).kernel("put")
+    packed = (7).to_bytes(8, "little") + (2).to_bytes(8, "little")
+    for place, given in enumerate((packed, bytearray(packed), memoryview(packed))):
+        kernel(stream, 1, 1, out, given, place)
+    for wrong in (packed[:8], packed + b"\0", "text", 3):
+        with pytest.raises(BadInput, match="argument 1"):
+            kernel(stream, 1, 1, out, wrong, 0)
+    found = bytearray(24)
+    out.copy_to(found, stream=stream)
+    stream.synchronize(60)
+    assert list(memoryview(found).cast("q")) == [5, 5, 5]

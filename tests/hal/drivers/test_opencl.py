@@ -350,6 +350,46 @@ def test_dynamic_local_memory_has_the_size_that_a_launch_asks_for(run: Run) -> N
 
 
 @platform
+def test_products_of_each_type_any_strides_and_ragged_sizes_are_numpys(run: Run) -> None:
+    """And the control: another product is not taken for them."""
+    run(
+        """
+        import numpy as np
+        from drivetrain.hal import ops
+        rng = np.random.default_rng(0)
+        def product(name, m, n, k, turn_a, turn_b, batch=()):
+            kind = np.dtype(name)
+            def made(rows, columns):
+                if kind.kind == "f":
+                    return rng.standard_normal((*batch, rows, columns)).astype(kind)
+                least, most = np.iinfo(kind).min, np.iinfo(kind).max
+                return rng.integers(least, most, (*batch, rows, columns), kind, endpoint=True)
+            a, b = made(*((k, m) if turn_a else (m, k))), made(*((n, k) if turn_b else (k, n)))
+            x, y = (ops.asarray(each, device=device) for each in (a, b))
+            x, y = x.mT if turn_a else x, y.mT if turn_b else y
+            a, b = a.swapaxes(-1, -2) if turn_a else a, b.swapaxes(-1, -2) if turn_b else b
+            found = np.from_dlpack(ops.matmul(x, y).to("cpu:0"))
+            if kind.kind != "f":
+                wanted = np.matmul(a, b)
+                assert (found == wanted).all(), (name, m, n, k)
+                return found, wanted
+            wanted = np.matmul(a.astype("d"), b.astype("d"))
+            near = {2: 1e-3, 4: 1e-5, 8: 1e-13}[kind.itemsize]
+            assert np.allclose(found, wanted, near, near * k ** 0.5), (name, m, n, k)
+            return found, wanted
+        for sizes in ((1, 1, 1), (7, 1, 300), (9, 33, 17), (130, 131, 259)):
+            for turns in ((0, 0), (1, 0), (0, 1), (1, 1)):
+                found, wanted = product("float32", *sizes, *turns)
+        assert not np.allclose(found, wanted.T[::-1].T, 1e-3, 1e-3)
+        product("float32", 1100, 1030, 8, 0, 1)  # large tiles
+        product("float32", 5, 6, 7, 1, 1, (2, 3))
+        for name in ("float16", "int8", "uint64"):
+            product(name, 9, 33, 300, 0, 1)
+        """
+    )
+
+
+@platform
 def test_the_kits_checks_of_memory_hold_without_shared_addresses(run: Run) -> None:
     """All but those that give a kernel a part of a buffer from an odd address."""
     found = run(
