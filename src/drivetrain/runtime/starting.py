@@ -32,7 +32,11 @@ def place(job: HostedJob, on: str | None = None) -> Device:
 
 
 def spawn(job: HostedJob, role: str, device: Device) -> Worker:
-    """Start a worker process on ``device`` with its lease; it waits for its start frame."""
+    """Start a worker process on ``device`` with its lease; it waits for its start frame. Raises
+    JobError for a device that torch cannot use."""
+    reason = job.placer.support(device).reason
+    if reason:
+        raise JobError(f"no worker can be started on {device.address}: {reason}")
     lease = job.placer.lease(device, job.job_id)
     try:
         worker = Worker.spawn(
