@@ -80,6 +80,7 @@ class Worker:
         key = secrets.token_hex(8)
         channel, theirs = pair()
         env = {
+            "THP_MEM_ALLOC_ENABLE": "1",  # torch's large tensors in huge pages: copied faster
             **os.environ,
             **environment,
             "PYTHONHASHSEED": str(hash_seed % 4294967295),
