@@ -14,7 +14,9 @@ SAMPLE = (
     "op_db float32 forward/add,op_db float32 backward/mul,op_db float32 backward/cumsum,"
     "op_db float32 forward/copysign,op_db int64 forward/bitwise_and,op_db bool forward/any,"
     "op_db bfloat16 forward/sum,module_db/nn_LayerNorm,module_db/nn_LSTMCell,optim_db/Adam,"
-    "op_db float32 forward/sparse_sampled_addmm,optim_db/SparseAdam"
+    "op_db bfloat16 forward/nn_functional_linear_cross_entropy_chunked,"
+    "op_db float32 forward/sparse_sampled_addmm,op_db float32 backward/sparse_mm_reduce,"
+    "optim_db/SparseAdam"
 )
 
 
@@ -33,7 +35,8 @@ def test_a_sample_of_torchs_own_suites_passes_on_the_device() -> None:
     done = judge("--memory", "shared", "--only", SAMPLE)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "shared optim_db 2/2 100.00%" in done.stdout.splitlines()[-1]
-    assert "op_db float32 forward 2/3" in done.stdout.splitlines()[-1]  # an expected failure counts
+    assert "op_db float32 forward 3/3" in done.stdout.splitlines()[-1]
+    assert "op_db bfloat16 forward 1/2" in done.stdout.splitlines()[-1]  # expected, yet it counts
 
 
 @pytest.mark.timeout(300)  # torch's databases take their time to be read
