@@ -32,7 +32,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 from drivetrain.hal.device import Capabilities, DeviceInfo, Isolation
 from drivetrain.hal.kinds import Kind, Way
@@ -44,6 +44,8 @@ __all__ = [
     "OLDEST_API_VERSION",
     "Backend",
     "Calls",
+    "Collective",
+    "CompilesGraphs",
     "Capabilities",
     "DeviceInfo",
     "Driver",
@@ -72,9 +74,9 @@ GROUPS = {
     "managed": "memory that moves by itself",
     "pinned": "host memory that the device reads fast",
     "timing": "elapsed time between events",
-    "collectives": "all-reduce and its kin",
-    "triton": "a Triton target",
-    "compile_graph": "a back end for torch.compile",
+    "collectives": "all-reduce and its kin; see `Collective`",
+    "triton": "a Triton target (declared only: nothing asks for it yet)",
+    "compile_graph": "a back end for torch.compile; see `CompilesGraphs`",
 }
 """Optional groups: what each holds. A driver declares those it has in ``Driver.groups``."""
 
@@ -323,6 +325,45 @@ class Backend(Protocol):
         """Queue a copy from ``other``'s memory at ``src`` to this device's at ``dst``. The stream
         is this device's; or, where the backend has a true ``peer_pushes`` (writing to a peer is
         faster than reading from it), also one of ``other``'s."""
+
+
+class Collective(Protocol):
+    """Group ``collectives``: what a backend has that declares it. Counts are elements, types
+    torch's names (``float32``), operations ``sum product min max``. Each call is queued on
+    ``stream``; all ranks make the same calls in the same order."""
+
+    def collective_id(self) -> bytes:
+        """What rank 0 makes, and all others join by."""
+
+    def collective_join(self, identity: bytes, rank: int, size: int, timeout_s: float) -> int:
+        """A communicator, once all have joined. Raises Timeout."""
+
+    def collective_leave(self, communicator: int) -> None: ...
+
+    def all_reduce(
+        self, communicator: int, ptr: int, count: int, dtype: str, op: str, stream: int
+    ) -> None:
+        """In place."""
+
+    def broadcast(
+        self, communicator: int, ptr: int, nbytes: int, root: int, stream: int
+    ) -> None: ...
+
+    def all_gather(self, communicator: int, dst: int, src: int, nbytes: int, stream: int) -> None:
+        """``nbytes`` of each rank, in order of rank, to ``dst``."""
+
+    def reduce_scatter(
+        self, communicator: int, dst: int, src: int, count: int, dtype: str, op: str, stream: int
+    ) -> None:
+        """``count`` elements of each rank's ``size * count`` at ``src``, reduced, to ``dst``."""
+
+
+class CompilesGraphs(Protocol):
+    """Group ``compile_graph``: a back end for torch.compile. It alone sees torch's objects."""
+
+    def compile_graph(self, gm: Any, example_inputs: Any) -> Any:
+        """A callable of the same inputs that gives a list or tuple of the outputs; or
+        ``gm.forward`` for what it does not compile."""
 
 
 @dataclass(frozen=True)

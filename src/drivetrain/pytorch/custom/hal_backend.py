@@ -17,6 +17,7 @@ import torch
 
 from drivetrain import hal
 from drivetrain.errors import BadInput
+from drivetrain.hal.opened import opened
 from drivetrain.pytorch.custom.protocol import Kernel
 
 _KERNELS = "drivetrain.pytorch.custom.hal_ops"
@@ -39,6 +40,11 @@ class HalBackend:
         self._streams: dict[int, hal.Stream] = {}
         self._buffers: dict[int, hal.Buffer] = {}
         self._lock = threading.RLock()  # a finaliser may come in between
+        open_one: Any = opened(devices[0]).backend
+        if "compile_graph" in open_one.groups:
+            self.compile_graph = open_one.compile_graph
+        if "collectives" in open_one.groups:
+            self.collectives = self._collectives
 
     # -- the protocol ------------------------------------------------------------------------
 
@@ -92,6 +98,11 @@ class HalBackend:
             return {}
         found: Mapping[str, Kernel] = import_module(_KERNELS).kernels(self)
         return found
+
+    def _collectives(self, store: Any, rank: int, size: int, timeout_s: float) -> Any:
+        from drivetrain.pytorch.custom.hal_collectives import Communicator
+
+        return Communicator(self, store, rank, size, timeout_s)
 
     # -- for kernels -------------------------------------------------------------------------
 
