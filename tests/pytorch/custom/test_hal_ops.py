@@ -168,6 +168,13 @@ def test_networks_train_as_on_the_cpu_and_nothing_leaves_the_device(run: Run) ->
 train(mlp, r(16, 20), 5, fused)
 train(Cnn, images, 5, fused)
 torch.manual_seed(3)
+for out in (torch.empty(4, 5), torch.empty(5, 4).t(), torch.empty(0)):
+    out = out.to(there)
+    a, b = r(4, 5), r(5)
+    assert torch.mul(a.to(there), b.to(there), out=out) is out
+    near(out, a * b, "out=")
+raises(RuntimeError, "can't be cast",
+       lambda: torch.mul(out, 2, out=torch.ones(4, 5, dtype=torch.int64, device=there)))
 kept = F.dropout(torch.ones(4000, device=there), 0.25).cpu()
 assert set(kept.unique().tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
 assert abs(kept.mean() - 1) < 0.1
