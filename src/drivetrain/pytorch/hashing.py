@@ -23,6 +23,7 @@ from drivetrain.pytorch.image import ALIGNMENT, MASK, cut, layout, summed
 
 _WORDS = CHUNK_BYTES // 4
 _BLOCK = 16 * CHUNK_BYTES  # hashed at once on an accelerator
+_CHIP_BLOCK = 4 * CHUNK_BYTES  # on a custom device, whose memory may be small
 
 Pieces = list[tuple[int, int]]  # (index of the chunk, a part of its hash)
 _Span = tuple[int, int, int, int]  # number of the tensor, offset in it, offset in the image, bytes
@@ -210,9 +211,9 @@ class ImagePlan:
     def _blocks(self, device: torch.device, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """The range's bytes on ``device`` in whole chunks, zeros where it has none: (offset in the
         image, bytes)."""
-        first_block = start - start % CHUNK_BYTES
-        for low in range(first_block, stop, _BLOCK):
-            high = min(low + _BLOCK, -(-stop // CHUNK_BYTES) * CHUNK_BYTES)
+        first_block, at_once = start - start % CHUNK_BYTES, _at_once(device)
+        for low in range(first_block, stop, at_once):
+            high = min(low + at_once, -(-stop // CHUNK_BYTES) * CHUNK_BYTES)
             spans = [
                 span
                 for span in self._spans(max(low, start), min(high, stop))
@@ -235,13 +236,18 @@ class ImagePlan:
         return block
 
 
+def _at_once(device: torch.device) -> int:
+    """How many bytes are hashed at once on a device."""
+    return _CHIP_BLOCK if on_chip.is_custom(device) else _BLOCK
+
+
 def warm(device: torch.device) -> None:
     """Loads what the hashes of an accelerator need, so that no first use falls into a pause."""
     if device.type == "cpu":
         return
     ImagePlan(
         [
-            torch.zeros(_BLOCK, dtype=torch.uint8, device=device),
+            torch.zeros(_at_once(device), dtype=torch.uint8, device=device),
             torch.zeros(100, dtype=torch.uint8, device=device),
         ]
     ).hashes()
