@@ -51,6 +51,8 @@ class Operation:
     on: str = ""
     """Only this device (``cuda:0``), or only this driver's (``cuda``)."""
     launch: Launch | None = field(default=None, compare=False, repr=False)
+    refuses: Callable[[Row], str] | None = field(default=None, compare=False, repr=False)
+    """Why a device cannot run it, beyond what its row tells; empty when it can."""
 
 
 @dataclass(frozen=True)
@@ -367,6 +369,8 @@ class _Planner:
             threads=operation.threads,
             shared=operation.shared,
         )
+        if not lacks and operation.refuses is not None:
+            lacks = operation.refuses(row)
         if lacks:
             return Candidate(row.address, lacks=lacks), ()
         moves, wait = [], self.free_at[row.address]

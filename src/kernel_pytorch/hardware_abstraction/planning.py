@@ -14,6 +14,7 @@ from typing import Any
 
 from drivetrain.errors import BadInput
 from drivetrain.placement import calibration
+from drivetrain.placement.graphs import flops_of, nbytes_of
 from kernel_pytorch.hardware_abstraction.hal_core import DeviceSpec
 
 __all__ = ["ExecutionPlan", "Step", "Work", "plan", "work_of"]
@@ -175,43 +176,9 @@ def work_of(computation: Any) -> list[Work]:
     return [
         Work(
             node.name,
-            _flops(node),
-            _nbytes(node),
+            flops_of(node),
+            nbytes_of(node),
             tuple(dict.fromkeys(n.name for n in node.all_input_nodes if n.name in names)),
         )
         for node in nodes
     ]
-
-
-def _value(node: Any) -> Any:
-    """The tensor that tracing left on a node; None where it left none."""
-    value = node.meta.get("val")
-    return value if hasattr(value, "shape") else None
-
-
-def _nbytes(node: Any) -> float:
-    value = _value(node)
-    return float(value.numel() * value.element_size()) if value is not None else 0.0
-
-
-def _flops(node: Any) -> float:
-    """Operations of a product or a convolution, by torch's own formulas; else one an element."""
-    from torch.utils import flop_counter
-
-    value = _value(node)
-    packet = getattr(node.target, "overloadpacket", node.target)
-    formula = flop_counter.flop_registry.get(packet)
-    if formula is None or value is None:
-        return float(value.numel()) if value is not None else 0.0
-
-    def seen(argument: Any) -> Any:
-        return _value(argument) if hasattr(argument, "meta") else argument
-
-    arguments = [seen(each) for each in node.args]
-    if str(packet) == "aten.linear":  # torch counts it under the products that it is made of
-        return float(2 * value.numel() * arguments[1].shape[-1])
-    named = {key: seen(each) for key, each in node.kwargs.items()}
-    try:
-        return float(formula(*arguments, **named, out_val=value))
-    except (TypeError, ValueError, AssertionError, IndexError):
-        return float(value.numel())  # an overload that the formula does not know

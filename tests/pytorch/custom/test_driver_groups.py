@@ -208,6 +208,7 @@ def test_a_driver_without_compute_is_a_device_of_torch_whose_work_the_cpu_does(
     assert run(TORCH_ONLY, FAKE_GROUPS="timing").endswith("end\n")
 
 
+@pytest.mark.soak
 def test_collectives_of_a_driver_are_a_process_group(
     site: Path, tmp_path: Path, run: Callable[..., str]
 ) -> None:
