@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def test_a_value_goes_round_cuda_opencl_and_the_cpu_and_comes_back_the_same(
     opencl: None, rig_of: Callable[[str], Any]
 ) -> None:
     cuda = rig_of("cuda").device
-    devices = [cuda, opencl_or_skip(), hal.device("cpu:0")]
+    others = [opencl_or_skip(), *(hal.devices("sycl")[:1] if "sycl" in hal.drivers() else ())]
+    devices = [cuda, *others, hal.device("cpu:0")]
     data = hashlib.shake_128(b"round").digest(4 * COUNT)
     stations = [*(each.address for each in devices), cuda.address]
     chain = [
@@ -159,6 +161,7 @@ def test_a_plan_prints_device_terms_reason_and_moves_and_refuses_what_does_not_f
     assert any("carries 10 GB/s" in each for each in made.assumed)
     assert made.as_json()["steps"][0]["moves"][0]["nbytes"] == 8
     assert made["b"] == made["a"]  # the value is there
+    assert set(plan(graph, inputs={"x": 8}).devices) == {"cpu:0"}  # none is there by name only
     for wrong, why in (
         ([graph[1]], "which nothing made yet"),
         ([graph[0], graph[0]], "two operations"),
@@ -190,3 +193,24 @@ def test_the_matrix_has_every_device_and_the_reason_where_one_cannot_be_opened(
     assert matrix.as_json()["devices"][0]["limits"]["threads"] == row.limits.threads
     with pytest.raises(BadInput, match="twice"):
         CapabilityMatrix.of(["cpu:0", "cpu:0"])
+
+
+def test_the_matrix_is_a_table_and_json_on_the_command_line(
+    rig_of: Callable[[str], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from drivetrain.cli.main import main
+
+    rig_of("cpu")
+    with pytest.raises(SystemExit) as ended:
+        main(["capabilities", "cpu:0", "--json"])
+    assert ended.value.code == 0
+    (told,) = json.loads(capsys.readouterr().out)["devices"]
+    assert told["address"] == "cpu:0"
+    assert told["dtypes"]["float64"] == "native"
+    assert told["limits"]["threads"] > 0
+    with pytest.raises(SystemExit):
+        main(["capabilities"])
+    assert "cpu:1" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["capabilities", "cpu:9"])
+    assert ended.value.code == 2

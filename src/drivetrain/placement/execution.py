@@ -236,13 +236,16 @@ def plan(
 ) -> ExecutionPlan:
     """A device for each operation.
 
-    ``devices``: HAL devices or addresses (None: all that are listed), or a matrix. ``inputs``: the
+    ``devices``: HAL devices or addresses (None: all that are listed, but
+    for other runtimes on the processor), or a matrix. ``inputs``: the
     bytes of each value that comes from the host; ``weights``: those of them that stay; ``outputs``
     live to the end. ``memory``: address -> bytes at most, where it is to be less than what is free.
 
     Raises BadInput for operations that do not fit together, and PlacementError, naming the
     operation, its type and what each device lacks, when no device can run one.
     """
+    if devices is None:  # a processor's further runtimes would be the same cores counted twice
+        devices = [each for each in hal.devices() if not each.info.by_name_only]
     matrix = devices if isinstance(devices, CapabilityMatrix) else CapabilityMatrix.of(devices)
     operations = list(graph)
     kept = frozenset(weights)
