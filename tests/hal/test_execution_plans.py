@@ -120,6 +120,22 @@ def test_what_no_device_can_run_is_told_with_type_and_what_each_lacks(
         plan([Operation("k", (), (("y", 8),), threads=2048)], devices, inputs={})
 
 
+def test_a_device_that_takes_binaries_only_gets_no_source(
+    opencl: None, rig_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRIVETRAIN_OPENCL_BINARY_ONLY", "1")
+    cpu, there = rig_of("cpu").device, opencl_or_skip()
+    graph = [twice("k", "x", "y")]
+    with pytest.raises(PlacementError, match=r"k \(int32\).*binaries only"):
+        plan(graph, [there], inputs={"x": 4 * COUNT})
+    made = plan(graph, [there, cpu], inputs={"x": 4 * COUNT})
+    assert made["k"] == cpu.address
+    assert "binaries only" in made.steps[0].reason
+    hal.close_all()
+    monkeypatch.delenv("DRIVETRAIN_OPENCL_BINARY_ONLY")
+    assert plan(graph, [there], inputs={"x": 4 * COUNT})["k"] == there.address
+
+
 def test_memory_counts_weights_and_live_values_and_nothing_else(
     rig_of: Callable[[str], Any],
 ) -> None:
@@ -161,7 +177,8 @@ def test_a_plan_prints_device_terms_reason_and_moves_and_refuses_what_does_not_f
     assert any("carries 10 GB/s" in each for each in made.assumed)
     assert made.as_json()["steps"][0]["moves"][0]["nbytes"] == 8
     assert made["b"] == made["a"]  # the value is there
-    assert set(plan(graph, inputs={"x": 8}).devices) == {"cpu:0"}  # none is there by name only
+    listed = plan(graph, inputs={"x": 8}).devices.values()
+    assert not any(device.info.by_name_only for device in listed)
     for wrong, why in (
         ([graph[1]], "which nothing made yet"),
         ([graph[0], graph[0]], "two operations"),

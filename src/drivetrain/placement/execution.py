@@ -201,6 +201,9 @@ def kernel(
         made = device.compile(source).kernel(symbol, types)
         made(stream, grid, block, *given, shared=shared)
 
+    def refuses(row: Row) -> str:
+        return source.misfit(opened(row.device).backend.target)
+
     sizes = block if isinstance(block, tuple) else (block,)
     return Operation(
         name,
@@ -213,6 +216,7 @@ def kernel(
         shared,
         on,
         launch,
+        refuses,
     )
 
 
@@ -236,10 +240,10 @@ def plan(
 ) -> ExecutionPlan:
     """A device for each operation.
 
-    ``devices``: HAL devices or addresses (None: all that are listed, but
-    for other runtimes on the processor), or a matrix. ``inputs``: the
-    bytes of each value that comes from the host; ``weights``: those of them that stay; ``outputs``
-    live to the end. ``memory``: address -> bytes at most, where it is to be less than what is free.
+    ``devices``: HAL devices or addresses (None: all that are listed, but for other runtimes on the
+    processor), or a matrix. ``inputs``: the bytes of each value that comes from the host;
+    ``weights``: those of them that stay; ``outputs`` live to the end. ``memory``: address -> bytes
+    at most, where it is to be less than what is free.
 
     Raises BadInput for operations that do not fit together, and PlacementError, naming the
     operation, its type and what each device lacks, when no device can run one.
