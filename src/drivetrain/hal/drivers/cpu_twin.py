@@ -11,6 +11,7 @@ import itertools
 import os
 import threading
 import time
+from _thread import start_new_thread
 from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
@@ -82,7 +83,7 @@ class _Stream:
         self.queued = self.finished = 0
         self.failure: Failure | None = None
         self.destroyed = False
-        self.thread: threading.Thread | None = None
+        self.started = False
 
     def put(self, command: Command, always: bool = False) -> int:
         """Queue it; ``always``: even when the device drops what has not begun."""
@@ -91,9 +92,11 @@ class _Stream:
                 self.changed.wait_for(lambda: self.queued - self.finished <= _MOST_QUEUED // 2)
             self.commands.append((command, always))
             self.queued += 1
-            if self.thread is None:
-                self.thread = threading.Thread(target=self._work, daemon=True, name="drivetrain")
-                self.thread.start()
+            if not self.started:
+                # threading's own start waits for the thread, which may collect garbage first; and
+                # what it closes may want a lock that is held here.
+                start_new_thread(self._work, ())
+                self.started = True
             self.changed.notify_all()
             return self.queued
 
@@ -507,7 +510,7 @@ class Device:
         with self._lock:
             if self._helpers < self._threads - 1:
                 self._helpers += 1
-                threading.Thread(target=self._helper, daemon=True, name="drivetrain").start()
+                start_new_thread(self._helper, ())
         self._jobs.put(job)
 
     def _helper(self) -> None:

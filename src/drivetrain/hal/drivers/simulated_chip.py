@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import threading
 import time
+from _thread import start_new_thread
 from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable
@@ -138,14 +139,22 @@ class Queue:
         """The first failure of queued work that nobody was told of."""
         self.noted: list[Command] | None = None
         """What was queued since a graph was begun; None when none is."""
-        self._thread = threading.Thread(target=self._work, name=f"stream {handle}", daemon=True)
-        self._thread.start()
+        self._over = threading.Event()
+        # threading's own start waits for the thread, which may collect garbage first; and what it
+        # closes may want a lock that whoever makes a stream holds.
+        start_new_thread(self._run, ())
 
     def put(self, command: Command) -> None:
         with self._changed:
             self._waiting.append(command)
             self._queued += 1
             self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._over.set()
 
     def _work(self) -> None:
         while True:
@@ -184,5 +193,4 @@ class Queue:
             self._changed.notify_all()
 
     def join(self, timeout_s: float) -> bool:
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        return self._over.wait(timeout_s)
