@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,9 +18,7 @@ from torch.testing._internal.common_modules import module_db
 from torch.testing._internal.common_optimizers import optim_db
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-BACKWARD_SAMPLES, MODULE_SAMPLES, STEPS = 4, 6, 3
-MOST_SAMPLES = 64
-"""Of one entry forward: a few operations have hundreds; those are taken in equal distances."""
+STEPS = 3
 DTYPES = ("float32", "bfloat16", "float16", "int64", "bool")
 _FUSED = {"LSTM", "LSTMCell", "GRU", "GRUCell"}
 """Devices run their cells fused, the CPU does not: torch compares their gradients to 5e-5
@@ -115,15 +114,12 @@ def _forward(op: Any, dtype: torch.dtype) -> Callable[[str], None]:
     def run(device: str) -> None:
         torch.manual_seed(0)
         try:
-            theirs = list(op.sample_inputs("cpu", dtype))
-            for sample in theirs[:2]:
+            for sample in islice(op.sample_inputs("cpu", dtype), 2):
                 op(sample.input, *sample.args, **sample.kwargs)
         except Exception as error:
             raise NotOnCpu(str(error)[:200]) from error
         torch.manual_seed(0)
-        for number, sample in enumerate(op.sample_inputs(device, dtype)):
-            if number % (1 + len(theirs) // MOST_SAMPLES):
-                continue
+        for sample in op.sample_inputs(device, dtype):
             host = to_cpu((sample.input, sample.args, sample.kwargs))
             given = tree_leaves((sample.input, sample.args))
             tensors = any(isinstance(each, torch.Tensor) for each in given)
@@ -164,15 +160,12 @@ def _backward(op: Any, dtype: torch.dtype) -> Callable[[str], None]:
     def run(device: str) -> None:
         torch.manual_seed(0)
         try:
-            theirs = list(op.sample_inputs("cpu", dtype, requires_grad=True))
-            for sample in theirs[:2]:
+            for sample in islice(op.sample_inputs("cpu", dtype, requires_grad=True), 2):
                 gradients(sample)
         except Exception as error:
             raise NotOnCpu(str(error)[:200]) from error
         torch.manual_seed(0)
-        for number, sample in enumerate(op.sample_inputs(device, dtype, requires_grad=True)):
-            if number >= BACKWARD_SAMPLES:
-                break
+        for sample in op.sample_inputs(device, dtype, requires_grad=True):
             host = copy.copy(sample)
             host.input, host.args, host.kwargs = to_cpu((sample.input, sample.args, sample.kwargs))
             if host.kwargs.get("device") is not None:
@@ -181,9 +174,40 @@ def _backward(op: Any, dtype: torch.dtype) -> Callable[[str], None]:
                 expected = gradients(host)
             except Exception:
                 continue
-            same(gradients(sample), expected)
+            found = gradients(sample)
+            try:
+                same(found, expected)
+            except AssertionError:
+                host.input, host.args, host.kwargs = _doubled((host.input, host.args, host.kwargs))
+                if not _as_near(found, expected, gradients(host)):
+                    raise
 
     return run
+
+
+def _doubled(value: Any) -> Any:
+    """Floats in double precision."""
+
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dtype is not torch.float32:
+            return tensor
+        return tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+    return tree_map_only(torch.Tensor, one, value)
+
+
+def _as_near(found: Any, expected: Any, truth: Any) -> bool:
+    """Whether gradients are as near to those in double precision as the CPU's own: some linear
+    algebra loses so many digits that where memory begins decides the last ones."""
+    for ours, theirs, right in zip(found, expected, truth, strict=True):
+        if right is None or ours is None:
+            if ours is not right:
+                return False
+            continue
+        far, near = ((each.cpu() - right).abs().max().item() for each in (ours, theirs))
+        if not far <= 2 * near:
+            return False
+    return True
 
 
 # -- modules, optimizers ---------------------------------------------------------------------------
@@ -197,7 +221,7 @@ def _module(info: Any) -> Callable[[str], None]:
                 samples = info.module_inputs_func(
                     info, device="cpu", dtype=torch.float32, requires_grad=True, training=training
                 )
-                samples = list(samples)[:MODULE_SAMPLES]
+                samples = list(samples)
             except Exception as error:
                 raise NotOnCpu(str(error)[:200]) from error
             for sample in samples:
