@@ -110,7 +110,10 @@ def _register(agent: Agent) -> None:
 
 def _run(agent: Agent) -> dict[str, Any]:
     """Run the script; how it ended, as the ``exit`` event's fields."""
+    from drivetrain.pytorch.late_compiler import load_compiler_late
+
     try:
+        load_compiler_late()
         _register(agent)
         seed_everything(agent.seed)
         _run_script(agent.spec["script"])
