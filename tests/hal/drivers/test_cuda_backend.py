@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +30,7 @@ from drivetrain.errors import (
     Timeout,
     Unsupported,
 )
+from drivetrain.hal.conformance.running import evidence_of
 from drivetrain.hal.driver import LaunchAbi
 from drivetrain.hal.drivers import cuda_api, cuda_graphs, cuda_ipc
 from drivetrain.hal.drivers.cuda_api import FUNCTIONS, Api, Code
@@ -261,6 +266,7 @@ def test_no_device_and_a_driver_that_fails_are_two_answers(
 
 
 def test_a_library_that_is_not_there_is_a_missing_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(cuda_api.SELECTED, raising=False)
     monkeypatch.setattr(cuda_api, "LIBRARY", "libcuda-nowhere.so.1")
     cuda_api.load.cache_clear()
     try:
@@ -268,6 +274,41 @@ def test_a_library_that_is_not_there_is_a_missing_driver(monkeypatch: pytest.Mon
             cuda_api.load()
     finally:
         cuda_api.load.cache_clear()
+
+
+OPENS_THE_SELECTED = """
+from drivetrain.errors import DriverMissing
+from drivetrain.hal.drivers import cuda_api
+try:
+    api = cuda_api.load()
+except DriverMissing as error:
+    print(error)
+else:
+    print(api.cuInit(0))
+"""
+
+
+def test_the_variable_selects_another_library(fake_cuda_path: Path) -> None:
+    def said(path: str) -> str:
+        environment = {**os.environ, "DRIVETRAIN_CUDA_LIBRARY": path}
+        command = [sys.executable, "-c", OPENS_THE_SELECTED]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=True, timeout=60
+        )
+        return done.stdout.strip()
+
+    assert said(str(fake_cuda_path)).startswith("0")
+    assert "DRIVETRAIN_CUDA_LIBRARY=/nowhere/libcuda.so cannot" in said("/nowhere/libcuda.so")
+
+
+def test_what_another_library_shows_is_not_hardware(
+    rig_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = rig_of("cuda").device
+    monkeypatch.delenv(cuda_api.SELECTED, raising=False)
+    assert evidence_of(device) == "hardware"
+    monkeypatch.setenv(cuda_api.SELECTED, "/some/libcuda.so")
+    assert evidence_of(device) == "emulated"
 
 
 # -- contexts --------------------------------------------------------------------------------------

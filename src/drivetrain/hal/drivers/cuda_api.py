@@ -11,6 +11,7 @@ newest first; the first that the library has is taken. All rows are compared wit
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +21,8 @@ from drivetrain.errors import DriverMissing, HalError, Unsupported
 
 NAME = "cuda"
 LIBRARY = "libcuda.so.1"
+SELECTED = "DRIVETRAIN_CUDA_LIBRARY"
+"""The path of another ``libcuda``. Devices are found through NVML all the same."""
 OLDEST = 11000
 """Driver versions are written as CUDA writes them: 1000 * major + 10 * minor."""
 
@@ -513,11 +516,14 @@ class Api:
 
 @cache
 def load() -> Api:
-    """The machine's ``libcuda``, bound once. Raises DriverMissing, or HalError for one too old."""
+    """The ``libcuda`` that `SELECTED` names, else the machine's, bound once. Raises DriverMissing,
+    or HalError for one too old."""
+    selected = os.environ.get(SELECTED, "")
     try:
-        library = ctypes.CDLL(LIBRARY)
+        library = ctypes.CDLL(selected or LIBRARY)
     except OSError as error:
+        asked = f"{SELECTED}={selected}" if selected else LIBRARY
         raise DriverMissing(
-            f"{LIBRARY} cannot be loaded: {error}", code="driver_missing", driver=NAME
+            f"{asked} cannot be loaded: {error}", code="driver_missing", driver=NAME
         ) from error
     return Api(library)
