@@ -243,6 +243,7 @@ def test_the_command_says_what_it_found_and_ends_1(tmp_path):
     assert "drivetrain: without a move" in done.stderr
 
 
+@pytest.mark.soak
 def test_ctrl_c_leaves_nothing_behind(tmp_path):
     process = subprocess.Popen(
         [*COMMAND, str(EXAMPLES / "plain.py")],

@@ -463,6 +463,7 @@ def test_what_the_seconds_do_not_allow_is_not_tried() -> None:
     assert "are left" in trial(report, "first").reason
 
 
+@pytest.mark.soak
 def test_a_plan_is_found_again_for_the_same_structure_and_checked_anew(tmp_path: Path) -> None:
     calls: list[str] = []
 
