@@ -21,8 +21,9 @@ from torch import nn
 
 from benchmarks.common import Gate, Report
 from benchmarks.optimize_models import Case, cases
+from drivetrain.pytorch.devices import torch_device
 from drivetrain.pytorch.optimize import Step, flags, optimize
-from drivetrain.pytorch.optimize.capabilities import facts_of, torch_device
+from drivetrain.pytorch.optimize.capabilities import facts_of
 from drivetrain.pytorch.optimize.measuring import compare
 from drivetrain.pytorch.optimize.search import Candidate, build, with_step
 from drivetrain.pytorch.optimize.steps import builtin
