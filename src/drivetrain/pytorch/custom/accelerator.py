@@ -29,6 +29,8 @@ _REPLACED = {
     "get_device_capability": "get_device_capability",
 }
 """Function of torch.accelerator -> of the device's module."""
+_NOT_IN_SHIM = ("get_device_capability",)
+"""What torch asks a C++ device as well, which does not know what the backend says."""
 
 
 def remember() -> None:
@@ -46,8 +48,9 @@ def register(runtime: Runtime, module: Any) -> None:
     if not taken:
         _leave_to_other(runtime)
         return
-    names = _REPLACED if runtime.shim is None else {}
-    for name, own in names.items():
+    for name, own in _REPLACED.items():
+        if runtime.shim is not None and name not in _NOT_IN_SHIM:
+            continue
         original = getattr(torch.accelerator, name, None)
         if original is not None:
             setattr(torch.accelerator, name, _ours(original, getattr(module, own), runtime))

@@ -255,8 +255,12 @@ def _short_way(
     call = partial(plan.op._handle.redispatch_boxed, CPU_KEYS)
     table = runtime.fallbacks
     counts, accepted, name = table.counts, table.accepted, plan.name
-    host_of = on_host if plan.bits else plain_on_host
-    here = label(0)
+    native = runtime.shim
+    if native is None:
+        host_of = on_host if plan.bits else plain_on_host
+        device_of, here = relabelled, label(0)
+    else:
+        host_of, device_of, here = native.host, native.device, 0
     several = len(plan.returns) > 1
     tensors = plan.tensors
 
@@ -276,7 +280,7 @@ def _short_way(
         ):
             return kernel(first, second, *rest, **kwargs)
         counts[name] += 1
-        return relabelled(call(host_of(first), host_of(second)), here)
+        return device_of(call(host_of(first), host_of(second)), here)
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         hosts: list[Any] = []
@@ -303,8 +307,8 @@ def _short_way(
             table.note(name)
         out = run(*hosts, **kwargs)
         if several:
-            return tuple(None if each is None else relabelled(each, here) for each in out)
-        return relabelled(out, here)
+            return tuple(None if each is None else device_of(each, here) for each in out)
+        return device_of(out, here)
 
     needed = [
         argument for argument in plan.op._schema.arguments if not argument.has_default_value()

@@ -4,12 +4,16 @@
 `Opaque` the backend's, where it may not. With all three a tensor of the device is a plain
 ``torch.Tensor`` with a real storage. What differs is how the CPU gets at one: as an alias, or as a
 copy that is written back.
+
+With the C++ shim torch has an allocator for the device, which asks the same backend; without it a
+tensor gets its memory by way of DLPack.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +32,12 @@ class Memory(Protocol):
 
     index: int
     visible: bool
+    native: Any
+    """The shim's module once it is in use, else None."""
+
+    def for_native(self) -> tuple[Any, Any, Any]:
+        """What the shim's allocator calls: ``allocate(nbytes)`` for an address, ``release(address,
+        nbytes)``, ``copy(dst, src, nbytes)``; None where the host does it itself."""
 
     def empty(self, size: Sequence[int], dtype: torch.dtype, form: Any = None) -> Tensor:
         """New and undefined, in the memory format ``form``."""
@@ -61,51 +71,83 @@ def set_to(tensor: Tensor, storage: Any, offset: int, size: Any, stride: Any) ->
     return found
 
 
-class Shared:
+class _Numbered:
+    """Of the device ``name:index``."""
+
+    def __init__(self, name: str, index: int) -> None:
+        self.index = index
+        self.native: Any = None
+        self._name = name
+        self._label = label(index)
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return torch.device(self._name, self.index)  # torch knows the name only when it is in use
+
+    def _on_host(self, tensor: Tensor) -> Tensor:
+        """Of host-visible memory."""
+        if self.native is None:
+            return on_host(tensor)
+        found: Tensor = self.native.host(tensor)
+        return found
+
+    def _here(self, host: Tensor) -> Tensor:
+        """The memory of a tensor of the CPU under the device's name."""
+        if self.native is None:
+            return relabelled(host, self._label)
+        found: Tensor = self.native.device(host, self.index)
+        return found
+
+
+class Shared(_Numbered):
     """Memory on the host that torch's own CPU allocator gives."""
 
     visible = True
 
-    def __init__(self, index: int) -> None:
-        self.index = index
-        self._label = label(index)
+    def for_native(self) -> tuple[Any, Any, Any]:
+        return None, None, None
 
     def empty(self, size: Sequence[int], dtype: torch.dtype, form: Any = None) -> Tensor:
         more = {} if form is None else {"memory_format": form}
-        return relabelled(torch.empty(size, dtype=dtype, device=_CPU, **more), self._label)
+        return self._here(torch.empty(size, dtype=dtype, device=_CPU, **more))
 
     def empty_strided(
         self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
-        made = torch.empty_strided(size, stride, dtype=dtype, device=_CPU)
-        return relabelled(made, self._label)
+        return self._here(torch.empty_strided(size, stride, dtype=dtype, device=_CPU))
 
     def on_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [on_host(each) for each in tensors]
+        return [self._on_host(each) for each in tensors]
 
     def written(self, tensors: Sequence[Tensor], hosts: Sequence[Tensor]) -> None:
         pass
 
     def from_host(self, host: Tensor) -> Tensor:
-        return relabelled(plain(host), self._label)
+        return self._here(plain(host))
 
 
-class _Allocated:
+class _Allocated(_Numbered):
     """Memory that a backend's ``alloc`` gives."""
 
-    def __init__(self, index: int, backend: Any, local: int) -> None:
-        self.index = index
+    def __init__(self, name: str, index: int, backend: Any, local: int) -> None:
+        super().__init__(name, index)
         self.backend = backend
         self.local = local
         """The device's number to its backend."""
         self.used_bytes = self.peak_bytes = 0
-        self._label = label(index)
         self._lock = threading.RLock()  # a finaliser may come in between
+
+    def for_native(self) -> tuple[Any, Any, Any]:
+        return self._allocate, self._release, self._copying()
+
+    def _copying(self) -> Callable[[int, int, int], None] | None:
+        return None
 
     def _storage(self, nbytes: int) -> Any:
         """A storage of the device; its bytes are undefined."""
         address = self._allocate(nbytes)
-        return owned(address, nbytes, self.index, self._freeing(address, nbytes)).untyped_storage()
+        free = partial(self._release, address, nbytes)
+        return owned(address, nbytes, self.index, free).untyped_storage()
 
     def _allocate(self, nbytes: int) -> int:
         reason: object = "it said so"
@@ -133,15 +175,14 @@ class _Allocated:
             self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         return address
 
-    def _freeing(self, address: int, nbytes: int) -> Callable[[], None]:
-        def free() -> None:
-            with self._lock:
-                self.used_bytes -= nbytes
-            self.backend.free(address, nbytes, self.local)
-
-        return free
+    def _release(self, address: int, nbytes: int) -> None:
+        with self._lock:
+            self.used_bytes -= nbytes
+        self.backend.free(address, nbytes, self.local)
 
     def empty(self, size: Sequence[int], dtype: torch.dtype, form: Any = None) -> Tensor:
+        if self.native is not None:
+            return torch.empty(size, dtype=dtype, device=self._device, memory_format=form)
         if form is None or form is torch.contiguous_format:
             return self._typed(size, contiguous_strides(size), dtype)
         stride = torch.empty(size, device="meta", memory_format=form).stride()
@@ -150,6 +191,8 @@ class _Allocated:
     def empty_strided(
         self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
+        if self.native is not None:
+            return torch.empty_strided(size, stride, dtype=dtype, device=self._device)
         return self._typed(size, stride, dtype)
 
     def _typed(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -168,7 +211,7 @@ class Visible(_Allocated):
     visible = True
 
     def on_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [on_host(each) for each in tensors]
+        return [self._on_host(each) for each in tensors]
 
     def written(self, tensors: Sequence[Tensor], hosts: Sequence[Tensor]) -> None:
         pass
@@ -177,7 +220,7 @@ class Visible(_Allocated):
         host = plain(host)
         made = self.empty_strided(host.shape, dense_strides(host), host.dtype)
         if host.numel():
-            on_host(made).copy_(host)
+            self._on_host(made).copy_(host)
         return made
 
 
@@ -185,6 +228,12 @@ class Opaque(_Allocated):
     """The backend's memory, which only its ``copy_in`` and ``copy_out`` reach."""
 
     visible = False
+
+    def _copying(self) -> Callable[[int, int, int], None]:
+        def copy(dst: int, src: int, nbytes: int) -> None:
+            self.backend.copy_within(dst, src, nbytes, self.local)
+
+        return copy
 
     def on_host(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [host for host, _ in self._staged(tensors)]

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drivetrain.pytorch.custom.memory import Memory
 from drivetrain.pytorch.custom.runtime import Runtime
 
 
@@ -141,16 +140,22 @@ class Namespace(types.ModuleType):
 
     # -- memory ------------------------------------------------------------------------------
 
-    def _memory(self, device: Any) -> Memory:
-        return self._runtime.memories[self._runtime.index_of(device)]
+    def _used(self, device: Any) -> tuple[int, int]:
+        """Bytes in tensors now, and the most there were."""
+        index = self._runtime.index_of(device)
+        if self._runtime.shim is not None:
+            now, most = self._runtime.shim.memory(index)
+            return now, most
+        memory: Any = self._runtime.memories[index]
+        return getattr(memory, "used_bytes", 0), getattr(memory, "peak_bytes", 0)
 
     def memory_allocated(self, device: Any = None) -> int:
-        """Bytes of the backend's memory in tensors; 0 where the memory is Drivetrain's, which is
+        """Bytes in tensors. Without the C++ shim 0 where the memory is Drivetrain's, which is then
         not counted."""
-        return int(getattr(self._memory(device), "used_bytes", 0))
+        return self._used(device)[0]
 
     def max_memory_allocated(self, device: Any = None) -> int:
-        return int(getattr(self._memory(device), "peak_bytes", 0))
+        return self._used(device)[1]
 
     def memory_reserved(self, device: Any = None) -> int:
         return self.memory_allocated(device)
@@ -159,7 +164,11 @@ class Namespace(types.ModuleType):
         return self.max_memory_allocated(device)
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
-        memory: Any = self._memory(device)
+        index = self._runtime.index_of(device)
+        if self._runtime.shim is not None:
+            self._runtime.shim.reset_peak(index)
+            return
+        memory: Any = self._runtime.memories[index]
         if hasattr(memory, "peak_bytes"):
             memory.peak_bytes = memory.used_bytes
 
@@ -171,11 +180,7 @@ class Namespace(types.ModuleType):
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         """Free and total bytes, from the backend; (0, 0) where it does not tell."""
-        backend, local = self._runtime.places[self._runtime.index_of(device)]
-        if not hasattr(backend, "memory_info"):
-            return 0, 0
-        free, total = backend.memory_info(local)
-        return int(free), int(total)
+        return self._runtime.memory_info(self._runtime.index_of(device))
 
     def empty_cache(self) -> None:
         """Memory goes back to the backend at once; it has a cache where it wants one."""

@@ -125,8 +125,11 @@ class Registrar:
             return runtime.memory(device).empty_strided(size, stride, kind)
 
         copy = copier(runtime, kernel)
-        self.put("empty.memory_format", empty)
-        self.put("empty_strided", empty_strided)
+        if runtime.shim is None:  # else they are C++
+            self.put("empty.memory_format", empty)
+            self.put("empty_strided", empty_strided)
+            for name in _VIEWS:
+                self.put(name, view_of(overload(f"aten::{name}")))
         self.put("_copy_from", copy)
         for key in ("Conjugate", "Negative"):
             # Else a copy of such a view clones it, which copies it: the C stack ends.
@@ -140,8 +143,6 @@ class Registrar:
         self.put("resize_", partial(_resize, runtime))
         self.put("_local_scalar_dense", partial(_number, runtime))
         self.put("record_stream", lambda tensor, stream: None)  # memory goes back in order anyway
-        for name in _VIEWS:
-            self.put(name, view_of(overload(f"aten::{name}")))
 
     def kernels(self, found: Mapping[Any, Kernel]) -> None:
         for op, kernel in found.items():
@@ -337,6 +338,8 @@ def _resize(runtime: Runtime, tensor: Tensor, size: Any, *, memory_format: Any =
         count *= each
     needed = (int(tensor.storage_offset()) + count) * tensor.element_size()
     storage = tensor.untyped_storage()
+    if needed > storage.nbytes() and runtime.shim is not None:
+        storage.resize_(needed)  # as torch does: what shares it sees it
     if needed <= storage.nbytes():
         resize = torch.ops.aten.resize_.default._handle.redispatch_boxed
         resize(CPU_KEYS, tensor, size, memory_format=memory_format)

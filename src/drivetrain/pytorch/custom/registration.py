@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from drivetrain.errors import BadInput, Unsupported
+from drivetrain.errors import BadInput
 from drivetrain.hal.device import Device
 from drivetrain.pytorch.custom import (
     accelerator,
@@ -18,6 +17,7 @@ from drivetrain.pytorch.custom import (
     dlpack_export,
     dynamo,
     lazy,
+    shim,
     sparse,
     storage,
 )
@@ -41,8 +41,6 @@ _PRIVATE = (
     "torch._C._ExcludeDispatchKeyGuard",
 )
 """What is used of torch's private parts, looked for before anything is changed."""
-
-_SHIM = "drivetrain.pytorch.custom.shim"
 
 _lock = threading.Lock()
 _handle: Handle | None = None
@@ -224,7 +222,7 @@ def _check(backend: Any) -> None:
 
 def _registered(runtime: Runtime, registrar: Registrar) -> Handle:
     private: Any = torch
-    reason = _shim(runtime)
+    reason = shim.use(runtime)
     module = Namespace(runtime)
     if runtime.shim is None:
         setup = private.utils.backend_registration._setup_privateuseone_for_python_backend
@@ -249,25 +247,6 @@ def _registered(runtime: Runtime, registrar: Registrar) -> Handle:
         torch.__future__.set_swap_module_params_on_conversion(True)
     _optional(runtime)
     return Handle(runtime, reason)
-
-
-def _shim(runtime: Runtime) -> str:
-    """Load the shim as the configuration says; why it is not in use, or nothing. Raises
-    Unsupported where it is required and cannot be had."""
-    if runtime.config.shim == "off":
-        return "switched off"
-    if importlib.util.find_spec(_SHIM) is not None:
-        return str(importlib.import_module(_SHIM).use(runtime))
-    reason = "this version of Drivetrain has no C++ shim"
-    if runtime.config.shim == "require":
-        raise Unsupported(
-            f"shim='require': {reason}; register with shim='auto', and see docs/custom_devices.md "
-            "for what is not there without it",
-            code="unsupported",
-            driver=runtime.name,
-            op="register_custom_device",
-        )
-    return reason
 
 
 def _optional(runtime: Runtime) -> None:

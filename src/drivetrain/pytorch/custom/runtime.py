@@ -29,11 +29,12 @@ class Runtime:
             for local in range(backend.device_count()):
                 index = len(self.places)
                 self.places.append((backend, local))
-                self.memories.append(_memory(index, backend, local))
+                self.memories.append(_memory(name, index, backend, local))
         self.visible = all(memory.visible for memory in self.memories)
         self.generators = [torch.Generator("cpu") for _ in self.places]
         self.random = threading.RLock()
         self.shim: Any = None
+        """The C++ shim's module where it is in use."""
         self._current = threading.local()
 
     @property
@@ -85,8 +86,18 @@ class Runtime:
         backend, local = self.places[self.current if index is None else index]
         backend.synchronize(local)
 
+    def memory_info(self, index: int) -> tuple[int, int]:
+        """Free and total bytes, from the backend; (0, 0) where it does not tell."""
+        backend, local = self.places[index]
+        if not hasattr(backend, "memory_info"):
+            return 0, 0
+        free, total = backend.memory_info(local)
+        return int(free), int(total)
 
-def _memory(index: int, backend: Any, local: int) -> Memory:
+
+def _memory(name: str, index: int, backend: Any, local: int) -> Memory:
     if not backend.host_visible:
-        return Opaque(index, backend, local)
-    return Visible(index, backend, local) if hasattr(backend, "alloc") else Shared(index)
+        return Opaque(name, index, backend, local)
+    if hasattr(backend, "alloc"):
+        return Visible(name, index, backend, local)
+    return Shared(name, index)

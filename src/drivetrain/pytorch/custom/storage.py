@@ -1,7 +1,8 @@
 """Storages of the device: saved, loaded, copied, and made without ending the process.
 
 Without a C++ allocator ``torch.UntypedStorage(n, device=...)`` of such a device reads address 0.
-The methods of storages that would allocate or copy are given ways of their own here.
+The methods of storages that would allocate or copy are given ways of their own here. With the C++
+shim, which is such an allocator, torch makes and resizes them itself.
 """
 
 from __future__ import annotations
@@ -70,8 +71,6 @@ def _guard(runtime: Runtime) -> None:
         if device is None or torch.device(device).type != name:
             more = {} if device is None else {"device": device}
             return new(cls, *args, **more, **kwargs)
-        if runtime.shim is not None:
-            return new(cls, *args, device=device, **kwargs)
         if len(args) > 1 or kwargs:
             raise TypeError("UntypedStorage takes a number of bytes, or a sequence of them")
         index = runtime.index_of(device)
@@ -80,6 +79,8 @@ def _guard(runtime: Runtime) -> None:
         size = args[0] if args else 0
         if size < 0:
             raise RuntimeError(f"a storage of {size} bytes; give 0 or more")
+        if runtime.shim is not None:
+            return new(cls, size, device=torch.device(name, index))
         return runtime.memories[index].empty((size,), torch.uint8).untyped_storage()
 
     def cloned(self: Any) -> Any:
@@ -105,7 +106,7 @@ def _guard(runtime: Runtime) -> None:
         if here(self) and runtime.shim is None:
             raise Unsupported(
                 f"a storage of {name} cannot be resized in place without the C++ shim; use "
-                "Tensor.resize_, or register with shim='require'",
+                "Tensor.resize_, or register with shim='require', which builds it",
                 code="unsupported",
                 driver=name,
                 op="resize_",
