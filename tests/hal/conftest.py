@@ -14,6 +14,7 @@ import itertools
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,10 @@ from hypothesis import settings
 from drivetrain import hal
 from drivetrain.hal import registry
 from drivetrain.hal.device import DeviceInfo
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from fakes import FakeCuda, built
 
 settings.register_profile("hal", deadline=None, max_examples=60)
 settings.load_profile("hal")
@@ -142,7 +147,6 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 # -- a fake libcuda --------------------------------------------------------------------------------
 
-FAKE_CUDA = Path(__file__).parent / "drivers" / "fake_cuda.c"
 KERNELS = {
     "nothing": "",
     "spin": ".param .u64 ns",
@@ -158,71 +162,9 @@ PTX = ".version 6.4\n.target sm_50\n" + "".join(
 )
 
 
-class FakeCuda:
-    """The fake library. ``since`` refuses every symbol that a newer driver brought, ``refused``
-    single ones."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.library = ctypes.CDLL(str(path))
-        self.refused: set[str] = set()
-        self.library.fake_calls.restype = ctypes.c_char_p
-
-    def __getitem__(self, symbol: str) -> Any:
-        if symbol in self.refused:
-            raise AttributeError(f"{symbol} is refused")
-        return self.library[symbol]
-
-    def older(self, version: int) -> FakeCuda:
-        from drivetrain.hal.drivers.cuda_api import FUNCTIONS
-
-        self.refused |= {row.symbol for row in FUNCTIONS if row.since > version}
-        self.library.fake_version(version)
-        return self
-
-    def fail(self, symbol: str, code: int, nth: int = 1) -> None:
-        """The ``nth`` call of it from now on returns ``code``; 0: each."""
-        self.library.fake_fail(symbol.encode(), nth, code)
-
-    def calls(self) -> list[tuple[str, int, int]]:
-        """(symbol, first argument, second argument) of each call since `forget`."""
-        found = []
-        for line in self.library.fake_calls().decode().splitlines():
-            symbol, one, two = line.split()
-            found.append((symbol, int(one, 16), int(two, 16)))
-        return found
-
-    def names(self) -> list[str]:
-        return [name for name, _, _ in self.calls()]
-
-    def forget(self) -> None:
-        self.library.fake_calls_clear()
-
-    def live(self) -> int:
-        """Allocations of every kind that were not given back."""
-        return sum(self.library.fake_live(kind) for kind in range(4))
-
-    def release(self, on: bool = True) -> None:
-        """Let kernels named ``hold`` end."""
-        self.library.fake_release(int(on))
-
-    def current(self) -> int:
-        box = ctypes.c_void_p()
-        self.library.cuCtxGetCurrent(ctypes.byref(box))
-        return box.value or 0
-
-
 @pytest.fixture(scope="session")
 def fake_cuda_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    compiler = shutil.which("gcc") or shutil.which("cc")
-    if compiler is None:
-        pytest.skip("there is no C compiler")
-    path = tmp_path_factory.mktemp("fake_cuda") / "libcuda.so.1"
-    command = [compiler, "-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    command += ["-pthread", str(FAKE_CUDA), "-o", str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return path
+    return built("fake_cuda.c", tmp_path_factory.mktemp("fake_cuda"))
 
 
 _number = itertools.count()

@@ -7,6 +7,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,11 +57,16 @@ class Fake:
         self.library = ctypes.CDLL(str(path))
         self.refused: set[str] = set()
         self.library.fake_calls.restype = ctypes.c_char_p
+        # Each copy has addresses of its own, of which a process has enough for some hundred.
+        self._end = weakref.finalize(self, self.library.fake_end)
+        self._end.atexit = False
 
     def __getitem__(self, symbol: str) -> Any:
         if symbol in self.refused:
             raise AttributeError(f"{symbol} is refused")
-        return self.library[symbol]
+        function = self.library[symbol]
+        function.fake = self  # who has a function has the library
+        return function
 
     def fail(self, symbol: str, code: int, nth: int = 1) -> None:
         """The ``nth`` call of it from now on returns ``code``, or hangs; 0: each."""
@@ -73,8 +79,16 @@ class Fake:
         """Note the symbols that are called from now on."""
         self.library.fake_log(1)
 
+    def calls(self) -> list[tuple[str, int, int]]:
+        """(symbol, and two of its arguments where the fake notes them) of each call."""
+        found = []
+        for line in self.library.fake_calls().decode().splitlines():
+            symbol, one, two = line.split()
+            found.append((symbol, int(one, 16), int(two, 16)))
+        return found
+
     def names(self) -> list[str]:
-        return list(self.library.fake_calls().decode().split())
+        return [name for name, _, _ in self.calls()]
 
     def live(self) -> int:
         """Allocations that were not given back."""
@@ -83,6 +97,39 @@ class Fake:
     def things(self) -> int:
         """Streams, events, modules and graphs that were not given back."""
         return int(self.library.fake_things())
+
+    def end(self) -> None:
+        """It is used no more: its memory and its threads go."""
+        self._end()
+
+
+class FakeCuda(Fake):
+    """The fake ``libcuda``, which notes every call from its beginning."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.log()
+
+    def older(self, version: int) -> FakeCuda:
+        """Refuse every symbol that a newer driver brought."""
+        from drivetrain.hal.drivers.cuda_api import FUNCTIONS
+
+        self.refused |= {row.symbol for row in FUNCTIONS if row.since > version}
+        self.library.fake_version(version)
+        return self
+
+    def forget(self) -> None:
+        """Note from now on."""
+        self.log()
+
+    def release(self, on: bool = True) -> None:
+        """Let kernels named ``hold`` end."""
+        self.library.fake_release(int(on))
+
+    def current(self) -> int:
+        box = ctypes.c_void_p()
+        self.library.cuCtxGetCurrent(ctypes.byref(box))
+        return box.value or 0
 
 
 def with_table(code: bytes, arguments: dict[str, Sequence[int]]) -> bytes:

@@ -45,7 +45,11 @@ typedef struct Allocation {
 typedef struct Mark { int refs, left, done; double at; } Mark;
 typedef struct { uint32_t grid[3], block[3], shared, reserved; uint64_t first, count; } Range;
 typedef int (*Entry)(const Range *, void **);
-typedef struct Function { char name[128]; Entry entry; int count, sizes[MOST_PARAMS]; } Function;
+/* A kernel: code that was loaded, or one that the fake knows by its name and runs under its lock. */
+typedef struct Function {
+    char name[128]; Entry entry; int (*known)(Device *, void **);
+    int count, sizes[MOST_PARAMS], dynamic; Device *device;
+} Function;
 typedef struct Module {
     Device *device; void *object; char *table; Function *functions[64]; int count;
 } Module;
@@ -148,17 +152,19 @@ int fake_things(void) {
     return found;
 }
 
-static void note(const char *name) {
+static void note(const char *name, uint64_t a, uint64_t b) {
     if (!logging) return;
-    if (log_room < log_size + 80) call_log = realloc(call_log, log_room = log_room ? log_room * 2 : 1 << 16);
-    log_size += (size_t)snprintf(call_log + log_size, 80, "%s\n", name);
+    if (log_room < log_size + 128) call_log = realloc(call_log, log_room = log_room ? log_room * 2 : 1 << 16);
+    log_size += (size_t)snprintf(call_log + log_size, 128, "%s %llx %llx\n", name,
+                                 (unsigned long long)a, (unsigned long long)b);
 }
 
-/* Every call begins here: noted, counted, perhaps failed or held. The lock is held on 0. */
-static int enter(const char *name, Device *device) {
+/* Every call begins here: noted with two of its arguments, counted, perhaps failed or held. The lock
+ * is held on 0. */
+static int enter_with(const char *name, Device *device, uint64_t a, uint64_t b) {
     pthread_mutex_lock(&lock);
     configure();
-    note(name);
+    note(name, a, b);
     int n = 0, code = 0;
     for (int i = 0; i < 160; i++) {
         if (!counts[i].name[0]) snprintf(counts[i].name, sizeof counts[i].name, "%s", name);
@@ -179,6 +185,7 @@ static int enter(const char *name, Device *device) {
     if (code) pthread_mutex_unlock(&lock);
     return code;
 }
+static int enter(const char *name, Device *device) { return enter_with(name, device, 0, 0); }
 static int leave(int code) { pthread_mutex_unlock(&lock); return code; }
 
 /* -- memory ------------------------------------------------------------------------------------------ */
@@ -200,14 +207,20 @@ static Allocation *whole(uint64_t ptr) {
 }
 static uint64_t room(Device *d) { return memory_bytes - d->plain - d->reserved; }
 
+/* A process has addresses for some hundred libraries that were never told their end. */
+static void no_room(void) {
+    perror("a fake library has no addresses left for device memory: call fake_end() of those in use no more");
+    abort();
+}
 static uint64_t take(Device *device, size_t bytes, int kind) {
     if (!outside) {
         arena_file = memfd_create("fake", MFD_CLOEXEC);
-        if (arena_file < 0 || ftruncate(arena_file, (off_t)ARENA)) abort();
+        if (arena_file < 0 || ftruncate(arena_file, (off_t)ARENA)) no_room();
         outside = mmap(NULL, ARENA, PROT_NONE, MAP_SHARED | MAP_NORESERVE, arena_file, 0);
         inside = mmap(NULL, ARENA, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, arena_file, 0);
-        if (outside == MAP_FAILED || inside == MAP_FAILED) abort();
+        if (outside == MAP_FAILED || inside == MAP_FAILED) no_room();
     }
+    if (arena_used + bytes + 2 * PAGE > ARENA) no_room();
     Allocation *a = calloc(1, sizeof *a);
     char *base = kind == PINNED || kind == MANAGED ? inside : outside;
     *a = (Allocation){(uint64_t)(base + arena_used), bytes, kind, device, allocations};
@@ -240,13 +253,22 @@ static int reaches(Device *d, uint64_t ptr, uint64_t bytes, int host_too) {
 }
 static int is_here(uint64_t ptr) { Allocation *a = owner(ptr); return a && (a->kind == PINNED || a->kind == REGION); }
 
-/* The library is not used any more: its memory goes. */
+/* The library is not used any more: its memory and its threads go. */
 void fake_end(void) {
     pthread_mutex_lock(&lock);
     for (int i = 0; i < MOST_DEVICES; i++) devices[i].sticky = 1; /* what is queued is dropped */
-    while (open_count) pthread_cond_wait(&changed, &lock);
-    if (outside) munmap(outside, ARENA), munmap(inside, ARENA), close(arena_file);
-    outside = inside = NULL, arena_used = 0;
+    for (Stream *s = streams; s; s = s->next) s->destroyed = 1;
+    fault_count = 0;
+    pthread_cond_broadcast(&changed);
+    for (int i = 0; i < 100 && open_count; i++) { /* a kernel that never ends keeps its memory */
+        pthread_mutex_unlock(&lock);
+        usleep(20000);
+        pthread_mutex_lock(&lock);
+    }
+    if (outside && !open_count) {
+        munmap(outside, ARENA), munmap(inside, ARENA), close(arena_file);
+        outside = inside = NULL, arena_used = 0;
+    }
     pthread_mutex_unlock(&lock);
 }
 
@@ -289,7 +311,7 @@ static Function *find_function(Module *m, const char *name) {
     if (!entry || m->count >= 64) return NULL;
     Function *f = calloc(1, sizeof *f);
     snprintf(f->name, sizeof f->name, "%s", name);
-    f->entry = entry, f->count = -1;
+    f->entry = entry, f->device = m->device, f->count = -1;
     for (const char *at = m->table; *at; at += strcspn(at, "\n"), at += *at == '\n') {
         snprintf(line, sizeof line, "%.*s", (int)strcspn(at, "\n"), at);
         char *save = NULL, *word = strtok_r(line, " ", &save);
@@ -322,13 +344,14 @@ static void shut(int open) {
     if (arena_used) mprotect(outside, arena_used, open ? PROT_READ | PROT_WRITE : PROT_NONE);
 }
 static int illegal(void);
-static int run_kernel(Op *op) {
+static int run_kernel(Device *d, Op *op) {
     void *table[MOST_PARAMS];
     size_t at = 0;
     for (int i = 0; i < op->function->count; i++) {
         table[i] = op->params + at;
         at += ((size_t)op->function->sizes[i] + 15) / 16 * 16;
     }
+    if (op->function->known) return op->function->known(d, table);
     shut(1), open_count++; /* device memory is open while a kernel runs */
     pthread_mutex_unlock(&lock);
     int code = op->function->entry(&op->range, table);
@@ -364,7 +387,7 @@ static int run_op(Device *d, Op *op) {
             else for (uint64_t i = 0; i < op->bytes; i++) memcpy(to + i * (unsigned)op->width, op->pattern, (size_t)op->width);
         }
         return 0;
-    case KERNEL: return run_kernel(op);
+    case KERNEL: return run_kernel(d, op);
     case FREE: drop(op->memory); return 0;
     case RUN: return run_ops(d, op->exec);
     case RESET: op->mark->done = 0; return 0;
