@@ -1,4 +1,4 @@
-"""The kit as a command on the hip and level_zero drivers, over fake libraries that variables
+"""The kit as a command on the cuda, hip and level_zero drivers, over fake libraries that variables
 select."""
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from fakes import built
 
 Kit = Callable[..., dict[str, Any]]
 FAKES = {
+    "cuda": ("DRIVETRAIN_CUDA_LIBRARY", "fake_cuda.c"),
     "hip": ("DRIVETRAIN_HIP_LIBRARY", "fake_hip.c"),
     "level_zero": ("DRIVETRAIN_LEVEL_ZERO_LIBRARY", "fake_ze.c"),
 }
 GROUPS = {
+    "cuda": {"compute", "graphs", "managed", "peer", "pinned", "timing"},
     "hip": {"compute", "graphs", "managed", "peer", "pinned", "timing"},
     "level_zero": {"managed", "pinned", "timing"},
 }
@@ -60,7 +62,11 @@ def wrong(report: dict[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize(
     ("driver", "checks"),
-    [("hip", ["events", "kernels.dynamic_shared"]), ("level_zero", ["copies"])],
+    [
+        ("cuda", ["events", "kernels.dynamic_shared"]),
+        ("hip", ["events", "kernels.dynamic_shared"]),
+        ("level_zero", ["copies"]),
+    ],
 )
 def test_the_kit_passes_on_the_fake_and_calls_it_one(
     kit: Kit, driver: str, checks: list[str]

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import os
 import re
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -276,31 +272,6 @@ def test_a_library_that_is_not_there_is_a_missing_driver(monkeypatch: pytest.Mon
         cuda_api.load.cache_clear()
 
 
-OPENS_THE_SELECTED = """
-from drivetrain.errors import DriverMissing
-from drivetrain.hal.drivers import cuda_api
-try:
-    api = cuda_api.load()
-except DriverMissing as error:
-    print(error)
-else:
-    print(api.cuInit(0))
-"""
-
-
-def test_the_variable_selects_another_library(fake_cuda_path: Path) -> None:
-    def said(path: str) -> str:
-        environment = {**os.environ, "DRIVETRAIN_CUDA_LIBRARY": path}
-        command = [sys.executable, "-c", OPENS_THE_SELECTED]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=True, timeout=60
-        )
-        return done.stdout.strip()
-
-    assert said(str(fake_cuda_path)).startswith("0")
-    assert "DRIVETRAIN_CUDA_LIBRARY=/nowhere/libcuda.so cannot" in said("/nowhere/libcuda.so")
-
-
 def test_what_another_library_shows_is_not_hardware(
     rig_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +280,16 @@ def test_what_another_library_shows_is_not_hardware(
     assert evidence_of(device) == "hardware"
     monkeypatch.setenv(cuda_api.SELECTED, "/some/libcuda.so")
     assert evidence_of(device) == "emulated"
+
+
+@pytest.mark.parametrize("symbol", ["cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetUuid_v2"])
+def test_why_cuda_does_not_tell_its_devices_is_kept(fake: Any, cuda_info: Any, symbol: str) -> None:
+    fake.fail(symbol, 999, 0)
+    with pytest.raises(HalError, match=f"{symbol} failed") as caught:
+        CudaBackend(cuda_info(0), Api(fake))
+    error = caught.value
+    assert (error.code, error.native, error.op) == ("broken", 999, symbol)
+    assert error.native_name
 
 
 # -- contexts --------------------------------------------------------------------------------------

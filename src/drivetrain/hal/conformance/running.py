@@ -81,7 +81,7 @@ def evidence_of(device: Device) -> str:
     if device.driver in ("opencl", "sycl", "hip", "level_zero") and not device.info.pci:
         return EMULATED  # someone else's implementation on a CPU; a GPU has a PCI address
     if device.driver == "cuda" and os.environ.get("DRIVETRAIN_CUDA_LIBRARY"):
-        return EMULATED  # NVML's card has a PCI address whatever library opens it
+        return EMULATED  # somebody else's implementation, whatever card it shows
     return HARDWARE
 
 

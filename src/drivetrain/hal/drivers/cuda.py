@@ -1,10 +1,12 @@
 """NVIDIA GPUs, found through NVML. Only the probe, in a process of its own, and `open_device`
-initialise CUDA."""
+initialise CUDA; so does listing with a library that ``DRIVETRAIN_CUDA_LIBRARY`` names, in the child
+that lists."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from drivetrain.hal.driver import (
     Way,
     hidden_from_all,
 )
+from drivetrain.hal.drivers.cuda_api import SELECTED
 from drivetrain.hal.drivers.cuda_visible import Gpu, visible
 from drivetrain.hal.telemetry import Telemetry, nvml
 
@@ -96,6 +99,9 @@ def _on_the_bus(root: Path) -> bool:
 
 def absent(root: Path = Path("/")) -> str:
     """Why there is no NVIDIA GPU to be used here; ``""`` when NVML is worth asking."""
+    selected = os.environ.get(SELECTED, "")
+    if selected:
+        return "" if Path(selected).is_file() else f"{SELECTED}={selected} names no file"
     kernel, library = _kernel_driver_is_here(root), _library_is_here(root)
     if kernel or (library and _on_the_bus(root)):
         return ""
@@ -107,6 +113,10 @@ def absent(root: Path = Path("/")) -> str:
 
 
 def discover() -> tuple[DeviceInfo, ...]:
+    if os.environ.get(SELECTED):
+        from drivetrain.hal.drivers import cuda_selected
+
+        return cuda_selected.discover()
     try:
         nv = nvml.library()
     except DriverMissing as error:
@@ -150,7 +160,7 @@ def discover() -> tuple[DeviceInfo, ...]:
         else:
             why = "the NVIDIA driver works, but has no GPU"
         raise DriverMissing(why, code="no_device", driver=NAME)
-    threads = max(1, _cores() // len(chosen))
+    threads = threads_each(len(chosen))
     whole = {uuid: handle for uuid, handle in handles.items() if uuid not in parents}
     devices = []
     for index, uuid in enumerate(chosen):
@@ -183,10 +193,10 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value or "")
 
 
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def threads_each(count: int) -> int:
+    """Processor threads for each of ``count`` workers."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // count)
 
 
 def _mig_instances(nv: Any, handle: Any) -> dict[str, Any] | None:
@@ -302,7 +312,13 @@ def _nvlinks(nv: Any, handle: Any) -> tuple[int | None, tuple[str, ...]]:
 def telemetry(info: DeviceInfo) -> Telemetry:
     if info.fault:
         return Telemetry(health=f"lost: {info.fault}")
+    if os.environ.get(SELECTED) and not info.pci:  # NVML knows only what is on the bus
+        return first_reading(info.memory_bytes)
     return nvml.telemetry(info.uuid)
+
+
+def first_reading(total: int) -> Telemetry:
+    return Telemetry(memory_total_bytes=total or None, at=time.time())
 
 
 # --- isolation -----------------------------------------------------------------------------------

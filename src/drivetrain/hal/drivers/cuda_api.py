@@ -22,7 +22,7 @@ from drivetrain.errors import DriverMissing, HalError, Unsupported
 NAME = "cuda"
 LIBRARY = "libcuda.so.1"
 SELECTED = "DRIVETRAIN_CUDA_LIBRARY"
-"""The path of another ``libcuda``. Devices are found through NVML all the same."""
+"""The path of another ``libcuda``, which is then asked what devices there are, instead of NVML."""
 OLDEST = 11000
 """Driver versions are written as CUDA writes them: 1000 * major + 10 * minor."""
 
@@ -46,6 +46,7 @@ INNER_GROUPS = {
     "context_event": "an event for all that a context does",
     "eager": "kernels loaded before their first launch",
     "parameters": "a kernel's arguments told by the driver",
+    "names": "a device's name, memory and place, told by a library that was selected",
 }
 """Groups that only this driver knows of; without one, an older way is taken."""
 
@@ -67,6 +68,9 @@ def _rows() -> Iterable[Function]:
     yield row("cuDeviceGetUuid", "CUuuid *, CUdevice", 11040, symbol="cuDeviceGetUuid_v2")
     yield row("cuDeviceGetUuid", "CUuuid *, CUdevice", 9020)
     yield row("cuDeviceGetAttribute", "int *, CUdevice_attribute, CUdevice", 2000)
+    yield row("cuDeviceGetName", "char *, int, CUdevice", 2000, "names")
+    yield row("cuDeviceTotalMem", "size_t *, CUdevice", 3020, "names", symbol="cuDeviceTotalMem_v2")
+    yield row("cuDeviceGetPCIBusId", "char *, int, CUdevice", 4010, "names")
     # -- the context
     yield row("cuDevicePrimaryCtxRetain", "CUcontext *, CUdevice", 7000)
     yield row("cuDevicePrimaryCtxRelease", "CUdevice", 11000, symbol="cuDevicePrimaryCtxRelease_v2")
@@ -279,6 +283,9 @@ class Cu:
     DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y = 6
     DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z = 7
     DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK = 8
+    DEVICE_ATTRIBUTE_CLOCK_RATE = 13
+    DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 16
+    DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE = 36
     DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 75
     DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 76
     DEVICE_ATTRIBUTE_MANAGED_MEMORY = 83
@@ -463,6 +470,8 @@ class Api:
             )
         self.off = frozenset(lacking.values())
         """Groups that the library cannot serve."""
+        self.is_fake = _has(library, "drivetrain_fake")
+        """It says of itself that it stands in for the vendor's library in tests."""
 
     def __getattr__(self, name: str) -> Any:
         symbol = next((row.symbol for row in self.functions if row.name == name), name)
@@ -512,6 +521,14 @@ class Api:
             function(code, ctypes.byref(text))
             found.append((text.value or b"").decode(errors="replace"))
         return found[0] or f"CUDA error {code}", found[1]
+
+
+def _has(library: Library, symbol: str) -> bool:
+    try:
+        library[symbol]
+    except AttributeError:
+        return False
+    return True
 
 
 @cache

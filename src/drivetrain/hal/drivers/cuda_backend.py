@@ -52,42 +52,63 @@ def initialised(api: Api) -> Api:
     """The API after ``cuInit``. Raises DriverMissing when it sees no device."""
     code = api.cuInit(0)
     if code:
-        name, sentence = api.words(code)
-        kind = DriverMissing if code == Code.ERROR_NO_DEVICE else HalError
-        raise kind(
-            f"cuInit failed: {name} ({sentence})",
-            code="no_device" if code == Code.ERROR_NO_DEVICE else "broken",
-            driver=NAME,
-            native=code,
-            native_name=name,
-            op="cuInit",
-        )
+        raise failed(api, api.cuInit, code)
     return api
+
+
+def failed(api: Api, function: Any, code: int, said: str = "") -> HalError:
+    """What it means that the driver does not answer about its devices."""
+    name, sentence = api.words(code)
+    kind = DriverMissing if code == Code.ERROR_NO_DEVICE else HalError
+    return kind(
+        f"{said}{function.__name__} failed: {name} ({sentence})",
+        code="no_device" if code == Code.ERROR_NO_DEVICE else "broken",
+        driver=NAME,
+        native=code,
+        native_name=name,
+        op=function.__name__,
+    )
+
+
+def seen(api: Api) -> tuple[dict[str, int], HalError | None]:
+    """({uuid: CUDA's number in this process}, why the first of the others could not be asked).
+    A uuid is written without ``GPU-``. Raises HalError when CUDA does not count its devices."""
+    count = ctypes.c_int()
+    code = api.cuDeviceGetCount(ctypes.byref(count))
+    if code:
+        raise failed(api, api.cuDeviceGetCount, code)
+    found: dict[str, int] = {}
+    problem: HalError | None = None
+    for index in range(count.value):
+        device, raw = ctypes.c_int(), Uuid()
+        function = api.cuDeviceGet
+        code = function(ctypes.byref(device), index)
+        if not code:
+            function = api.cuDeviceGetUuid
+            code = function(ctypes.byref(raw), device.value)
+        if code:
+            problem = problem or failed(api, function, code, f"device {index} is not known: ")
+            continue
+        found[str(uuids.UUID(bytes=bytes(raw.bytes)))] = device.value
+    return found, problem
 
 
 def device_of(api: Api, info: DeviceInfo) -> int:
     """CUDA's number, in this process, of the device with this uuid. Raises HalError when CUDA does
     not see it."""
-    count = ctypes.c_int()
-    code = api.cuDeviceGetCount(ctypes.byref(count))
-    seen: dict[str, int] = {}
-    for index in range(0 if code else count.value):
-        device, raw = ctypes.c_int(), Uuid()
-        if api.cuDeviceGet(ctypes.byref(device), index) or api.cuDeviceGetUuid(
-            ctypes.byref(raw), device.value
-        ):
-            continue
-        seen[str(uuids.UUID(bytes=bytes(raw.bytes)))] = device.value
+    found, problem = seen(api)
     wanted = info.uuid.partition("-")[2].lower()
-    if wanted in seen:
-        return seen[wanted]
+    if wanted in found:
+        return found[wanted]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     # Older drivers write the uuid of a MIG instance otherwise, or tell its GPU's.
-    if info.uuid.startswith("MIG-") and visible == info.uuid and len(seen) == 1:
-        return next(iter(seen.values()))
+    if info.uuid.startswith("MIG-") and visible == info.uuid and len(found) == 1:
+        return next(iter(found.values()))
+    if problem is not None:
+        raise problem
     raise HalError(
         f"CUDA does not see {info.uuid} in this process; it sees "
-        f"{', '.join(sorted(seen)) or 'no device'}"
+        f"{', '.join(sorted(found)) or 'no device'}"
         + (f" under CUDA_VISIBLE_DEVICES={visible!r}" if visible is not None else "")
         + ". It reads that variable once, when it is first used",
         code="not_visible",

@@ -26,7 +26,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from drivetrain.errors import DriverMissing
+from drivetrain.errors import DriverMissing, HalError
 from drivetrain.hal.drivers.cuda_api import Api, Function, Library, MemAccessDesc
 
 NAME = "hip"
@@ -328,8 +328,6 @@ class HipApi(Api):
         for function in (self.hipGetErrorName, self.hipGetErrorString):
             function.restype = ctypes.c_char_p
         self.off |= {"context_event"}  # HIP has no event for all that a device does
-        self.is_fake = _has(library, "drivetrain_fake")
-        """It says of itself that it stands in for the vendor's library in tests."""
 
         def hipMemcpyAsync(dst: int, src: int, nbytes: int, stream: int) -> int:
             return int(self.cudaMemcpyAsync(dst, src, nbytes, Hip.MemcpyDefault, stream))
@@ -388,14 +386,6 @@ class HipApi(Api):
         return told.decode(errors="replace")
 
 
-def _has(library: Library, symbol: str) -> bool:
-    try:
-        library[symbol]
-    except AttributeError:
-        return False
-    return True
-
-
 def _loaded() -> str:
     """The path of the library that this process has already: torch's own, for example. Two HIP
     runtimes in one process would each think that the devices are theirs."""
@@ -428,7 +418,8 @@ def paths(root: Path = Path("/")) -> list[str]:
 @cache
 def load() -> HipApi:
     """The machine's ``libamdhip64``, bound once: the one that `SELECTED` names, else the one that
-    is loaded already, else the first of `paths`. Raises DriverMissing, HalError for one too old."""
+    is loaded already, else the first of `paths`. Raises DriverMissing where there is none, HalError
+    for one that does not load or is too old."""
     selected = os.environ.get(SELECTED, "")
     tried = [selected] if selected else [p for p in (_loaded(), *paths()) if p]
     problems = []
@@ -437,7 +428,11 @@ def load() -> HipApi:
             return HipApi(ctypes.CDLL(path))
         except OSError as error:
             problems.append(str(error))
-    why = "; ".join(problems) or "it is nowhere on this machine"
+    if problems:
+        why = "; ".join(problems)
+        raise HalError(
+            f"libamdhip64 cannot be loaded: {why}", code="broken", driver=NAME, op="open"
+        )
     raise DriverMissing(
-        f"libamdhip64 cannot be loaded: {why}", code="driver_missing", driver=NAME, op="open"
+        "libamdhip64 is nowhere on this machine", code="driver_missing", driver=NAME, op="open"
     )

@@ -82,6 +82,7 @@ _KINDS = {
         "NVRTC compiles kernels for CUDA, and there is none on this machine: pip install "
         "nvidia-cuda-nvrtc (nvidia-cuda-nvrtc-cu12 for a driver of CUDA 12), or name a CUDA "
         "toolkit's folder in CUDA_HOME",
+        "DRIVETRAIN_CUDA_LIBRARY",
     ),
     "hip": _Kind(
         "hiprtc",
