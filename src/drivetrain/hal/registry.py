@@ -78,6 +78,7 @@ def _surroundings() -> object:
     names = (
         "CUDA_VISIBLE_DEVICES",
         "DRIVETRAIN_CPU_PARTITIONS",
+        "DRIVETRAIN_CUDA_LIBRARY",
         "DRIVETRAIN_HIP_LIBRARY",
         "DRIVETRAIN_HOME",
         "DRIVETRAIN_LEVEL_ZERO_LIBRARY",
