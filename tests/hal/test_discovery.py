@@ -143,7 +143,7 @@ def test_an_unknown_address_is_bad_input_that_names_those_that_exist(address: st
 
 
 def test_an_unknown_driver_is_bad_input_that_names_those_that_exist() -> None:
-    with pytest.raises(BadInput, match="cuda, hip, opencl, level_zero, cpu"):
+    with pytest.raises(BadInput, match="cuda, hip, opencl, sycl, level_zero, cpu"):
         hal.devices("voodoo")
 
 

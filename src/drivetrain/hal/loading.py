@@ -14,7 +14,7 @@ from drivetrain.hal.driver import ENTRY_POINT_GROUP, Driver
 
 _PACKAGE = _drivers.__name__
 
-ACCELERATORS = ("cuda", "hip", "opencl", "level_zero")
+ACCELERATORS = ("cuda", "hip", "opencl", "sycl", "level_zero")
 """Built-in drivers by preference; outside drivers come after them, the cpu last."""
 
 BY_NAME = ("simulated",)
@@ -51,8 +51,8 @@ def outside() -> dict[str, Outside]:
             Outside(
                 point.name,
                 point.value,
-                distribution.name if distribution is not None else "?",
-                distribution.version if distribution is not None else "?",
+                (distribution.name if distribution is not None else "") or "?",
+                (distribution.version if distribution is not None else "") or "?",
             ),
         )
     return found
@@ -95,6 +95,10 @@ def load(name: str) -> Driver:
     points = [point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name == name]
     if not points:
         raise BadInput(f"there is no driver {name!r}")
+    if points[0].pattern.match(points[0].value) is None:
+        raise HalError(
+            f"its entry point {points[0].value!r} is no module:object", code="broken", driver=name
+        )
     driver = points[0].load()
     if not isinstance(driver, Driver) or driver.name != name:
         raise HalError(

@@ -17,6 +17,7 @@ from drivetrain.hal.telemetry import Telemetry
 
 DISCOVERY_LIMIT_S = 2.0
 TELEMETRY_LIMIT_S = 2.0
+EXAMINE_LIMIT_S = 10.0
 _LIMIT = "DRIVETRAIN_DISCOVERY_LIMIT_S"
 
 
@@ -83,9 +84,11 @@ def _surroundings() -> object:
         "DRIVETRAIN_HOME",
         "DRIVETRAIN_LEVEL_ZERO_LIBRARY",
         "DRIVETRAIN_SIMULATED",
+        "DRIVETRAIN_SYCL_LIBRARY",
         "HIP_VISIBLE_DEVICES",
         "OCL_ICD_FILENAMES",
         "OCL_ICD_VENDORS",
+        "ONEAPI_DEVICE_SELECTOR",
         "ROCR_VISIBLE_DEVICES",
         "ZE_AFFINITY_MASK",
         _LIMIT,
@@ -343,6 +346,25 @@ def _within_limit(device: Device, read: Callable[[], Telemetry]) -> Telemetry:
         _stuck[device.driver] = thread
         return late
     return answers[0]
+
+
+def examine() -> dict[str, list[str]]:
+    """What is installed and does not work although its driver does, by the driver's name: each a
+    sentence that says what to do. Loads vendors' libraries, in children."""
+    asked = [
+        state.name
+        for state in _discovered().drivers.values()
+        if state.state == "usable"
+        and not (state.name in loading.BUILT_IN and loading.built_in(state.name).examine is None)
+    ]
+    requests = {name: isolated.Request("examine", name) for name in asked}
+    found: dict[str, list[str]] = {}
+    for name, answer in isolated.run(requests, EXAMINE_LIMIT_S).items():
+        if answer.kind == "ok" and isinstance(answer.value, list):
+            found[name] = [str(each) for each in answer.value]
+        else:
+            found[name] = [f"a look at what is installed failed: {answer.reason}"]
+    return {name: said for name, said in found.items() if said}
 
 
 def trust(name: str) -> str:

@@ -8,10 +8,8 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 from drivetrain.errors import HalError, Timeout
-from drivetrain.hal import config, wire
 from drivetrain.hal.driver import (
     Backend,
     Capabilities,
@@ -22,6 +20,7 @@ from drivetrain.hal.driver import (
     Way,
     hidden_from_all,
 )
+from drivetrain.hal.drivers import kept
 from drivetrain.hal.drivers import opencl_loader as loader
 from drivetrain.hal.drivers import opencl_platforms as platforms
 from drivetrain.hal.drivers.opencl_api import Cl, load
@@ -34,7 +33,6 @@ VENDOR = "khronos"
 GROUPS = frozenset({"compute", "managed", "pinned", "timing"})
 MEMORY_DOMAIN = "host"
 FILE = "opencl-devices.json"
-_MOST_KEPT = 8
 
 
 # --- discovery -----------------------------------------------------------------------------------
@@ -47,12 +45,10 @@ def absent() -> str:
 
 def known() -> tuple[DeviceInfo, ...] | None:
     """What the loader listed before, when nothing has changed since that a listing depends on."""
-    kept = config.read_json(config.state_folder() / FILE).get(loader.fingerprint())
-    try:
-        found = tuple(wire.info_from_json(value) for value in kept["found"])  # type: ignore[index]
-    except (KeyError, TypeError, ValueError):
-        return None  # nothing was kept, or another version wrote it
-    return tuple(replace(info, telemetry=_first_reading(info)) for info in found)
+    found = kept.read(FILE, loader.fingerprint())
+    if found is None:
+        return None
+    return tuple(replace(info, telemetry=first_reading(info)) for info in found)
 
 
 def discover() -> tuple[DeviceInfo, ...]:
@@ -60,25 +56,11 @@ def discover() -> tuple[DeviceInfo, ...]:
     before = loader.fingerprint()
     seen = platforms.devices(load())
     found = tuple(_describe(index, each) for index, each in enumerate(seen))
-    _keep(before, [wire.info_to_json(info) for info in found])
-    return tuple(replace(info, telemetry=_first_reading(info)) for info in found)
+    kept.write(FILE, before, found)
+    return tuple(replace(info, telemetry=first_reading(info)) for info in found)
 
 
-def _keep(fingerprint: str, found: list[dict[str, Any]]) -> None:
-    """A few listings are kept: workers see other devices than who starts them."""
-    path = config.state_folder() / FILE
-    kept = {fingerprint: {"at": time.time(), "found": found}}
-    others = config.read_json(path)
-    dated = [key for key, each in others.items() if isinstance(each, dict) and "at" in each]
-    for key in sorted(dated, key=lambda key: str(others[key]["at"]))[-_MOST_KEPT + 1 :]:
-        kept.setdefault(key, others[key])
-    try:
-        config.write_json(path, dict(kept))
-    except OSError:
-        pass  # the next one asks the loader again
-
-
-def _first_reading(info: DeviceInfo) -> Telemetry:
+def first_reading(info: DeviceInfo) -> Telemetry:
     """What can be read at once, in any process, without a vendor's library."""
     if info.memory_domain != MEMORY_DOMAIN:
         return Telemetry(memory_total_bytes=info.memory_bytes or None, at=time.time())
@@ -138,12 +120,12 @@ def telemetry(info: DeviceInfo) -> Telemetry:
         now = _BY_PCI[info.vendor](info.pci)
         if now.memory_total_bytes is not None:
             return now
-        first = _first_reading(info)  # a GPU in the processor has the host's memory
+        first = first_reading(info)  # a GPU in the processor has the host's memory
         used, total = first.memory_used_bytes, first.memory_total_bytes
         return replace(now, memory_used_bytes=used, memory_total_bytes=total)
     if info.by_name_only and hasattr(os, "sched_getaffinity"):
         return host.telemetry(sorted(os.sched_getaffinity(0)))
-    return _first_reading(info)
+    return first_reading(info)
 
 
 # --- isolation -----------------------------------------------------------------------------------
@@ -210,6 +192,13 @@ def open_device(info: DeviceInfo) -> Backend:
     return OpenclBackend(info)
 
 
+def examine() -> list[str]:
+    """Platforms that are registered and that the loader left out without a word."""
+    from drivetrain.hal.drivers.opencl_silent import silent
+
+    return silent()
+
+
 DRIVER = Driver(
     name=NAME,
     vendor=VENDOR,
@@ -220,6 +209,7 @@ DRIVER = Driver(
     probe=probe,
     open=open_device,
     groups=GROUPS,
+    examine=examine,
     install=(
         "install the loader and a platform (Debian: apt install ocl-icd-libopencl1 and your "
         "vendor's, or pocl-opencl-icd for the processor)"

@@ -1,7 +1,8 @@
 """An OpenCL platform's compiler, in a process of its own: it may hang or crash.
 
 ``python -m drivetrain.hal.drivers.opencl_build`` reads ``job.json`` and ``code`` in the current
-folder; it writes ``result.json`` and, where the platform gives one, ``binary``.
+folder; it writes ``result.json``, with facts of the kernels where the job asks for them, and
+``binary`` where the platform gives one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,21 @@ from typing import Any, NoReturn
 
 from drivetrain.errors import HalError
 from drivetrain.hal.drivers.opencl_api import Api, Cl, Code, load, name_of
-from drivetrain.hal.drivers.opencl_platforms import Found, answer, devices, text_of
+from drivetrain.hal.drivers.opencl_platforms import (
+    Found,
+    answer,
+    devices,
+    number_of,
+    text_of,
+)
 
 KERNEL_ARG_INFO = "-cl-kernel-arg-info"
+_PLACES = {
+    Cl.KERNEL_ARG_ADDRESS_GLOBAL: "global",
+    Cl.KERNEL_ARG_ADDRESS_LOCAL: "local",
+    Cl.KERNEL_ARG_ADDRESS_CONSTANT: "constant",
+    Cl.KERNEL_ARG_ADDRESS_PRIVATE: "private",
+}
 
 
 def find(api: Api, uuid: str) -> Found:
@@ -92,6 +105,35 @@ def binary(api: Api, program: int) -> bytes:
     return data.raw
 
 
+def kernels(api: Api, found: Found, program: int) -> dict[str, dict[str, Any]]:
+    """By each kernel's name: ``arguments``, a word for each of where it lies (``global``,
+    ``constant``, ``local``, ``private``) or "" where that is not told, and ``shared_bytes``."""
+    names = text_of(answer(api.clGetProgramInfo, program, Cl.PROGRAM_KERNEL_NAMES)).split(";")
+    facts = {}
+    for name in filter(None, names):
+        status = ctypes.c_int()
+        kernel = api.clCreateKernel(program, name.encode(), ctypes.byref(status))
+        if status.value or not kernel:
+            continue
+        count = number_of(answer(api.clGetKernelInfo, kernel, Cl.KERNEL_NUM_ARGS))
+        places = []
+        for index in range(count):
+            box = ctypes.c_uint()
+            code = api.clGetKernelArgInfo(
+                *(kernel, index, Cl.KERNEL_ARG_ADDRESS_QUALIFIER),
+                *(ctypes.sizeof(box), ctypes.addressof(box), None),
+            )
+            places.append("" if code else _PLACES.get(box.value, ""))
+
+        def ask(handle: int, number: int, *rest: Any) -> int:
+            return int(api.clGetKernelWorkGroupInfo(handle, found.handle, number, *rest))
+
+        shared = number_of(answer(ask, kernel, Cl.KERNEL_LOCAL_MEM_SIZE))
+        facts[name] = {"arguments": places, "shared_bytes": shared}
+        api.clReleaseKernel(kernel)
+    return facts
+
+
 def _compile(job: dict[str, Any]) -> dict[str, Any]:
     api = load()
     found = find(api, job["uuid"])
@@ -104,9 +146,12 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     if failed or not program:
         return {"status": failed or Code.INVALID_PROGRAM, "log": "", "op": "clCreateProgram"}
     failed, log = build(api, found, program, job["options"])
+    result = {"status": failed, "log": log, "op": "clBuildProgram"}
     if not failed:
         Path("binary").write_bytes(binary(api, program))
-    return {"status": failed, "log": log, "op": "clBuildProgram"}
+        if job["kernels"]:
+            result["kernels"] = kernels(api, found, program)
+    return result
 
 
 def main() -> NoReturn:

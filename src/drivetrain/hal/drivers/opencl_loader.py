@@ -2,24 +2,29 @@
 
 The loader (``libOpenCL.so.1``) finds platforms in text files ``*.icd``, each with the name of a
 library, in ``/etc/OpenCL/vendors`` or where ``OCL_ICD_VENDORS`` or ``OCL_ICD_FILENAMES`` say. In
-containers NVIDIA's library is often there and its file is not: then a folder of our own registers
-it beside the others.
+containers NVIDIA's library is often there and its file is not, and the files of Intel's wheel name
+a folder that no machine has: then a folder of our own registers them beside the others.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from drivetrain.hal import config
+from drivetrain.hal.drivers import sycl_api
 
 ROOT = Path("/")
 LOADER = "libOpenCL.so.1"
 NVIDIA = "libnvidia-opencl.so.1"
+INTEL = "libintelocl.so"
+INTEL_NEEDS = "libimf.so"
+"""Of another wheel, which Intel's does not ask for."""
 VENDORS, FILENAMES = "OCL_ICD_VENDORS", "OCL_ICD_FILENAMES"
 REGISTERED = "etc/OpenCL/vendors"
 
@@ -83,18 +88,39 @@ def icd_files(root: Path = ROOT) -> list[Path]:
     return [path for path in (*named, *found) if path.exists() or path in named]
 
 
-def unregistered(root: Path = ROOT) -> str:
-    """NVIDIA's OpenCL library, where it is installed and no file registers it. A machine whose
-    user said where the files are is left as it is."""
+def intel_folder() -> Path | None:
+    """Where Intel's runtime for processors lies, when a wheel brought it: beside the SYCL library
+    that is used, or in this Python's ``lib``."""
+    path = sycl_api.find()
+    folders = [sycl_api.libraries(path)] if path else []
+    folders.append(Path(sys.prefix) / "lib")
+    return next((folder for folder in folders if (folder / INTEL).exists()), None)
+
+
+def unregistered(root: Path = ROOT) -> dict[str, str]:
+    """Libraries of platforms that are installed and that no file registers, by the name of the
+    file that would. A machine whose user said where the files are is left as it is."""
     if os.environ.get(VENDORS) or os.environ.get(FILENAMES):
-        return ""
+        return {}
+    found = {}
+    registered = [text(each) for each in icd_files(root)]
     path = library(NVIDIA, root)
-    if not path:
-        return ""
     stem = NVIDIA.partition(".")[0]
-    if any(stem in text(each) for each in icd_files(root)):
-        return ""
-    return path
+    if path and not any(stem in each for each in registered):
+        found["drivetrain-nvidia.icd"] = path
+    folder = intel_folder()
+    if (
+        folder is not None
+        and (folder / INTEL_NEEDS).exists()
+        and not any(INTEL in each and _leads_somewhere(each) for each in registered)
+    ):
+        found["drivetrain-intel.icd"] = str(folder / INTEL)
+    return found
+
+
+def _leads_somewhere(name: str) -> bool:
+    """Whether a library's name may be found: a path that does not exist is not."""
+    return "/" not in name or Path(name).exists()
 
 
 def text(path: Path) -> str:
@@ -119,13 +145,12 @@ def absent(root: Path = ROOT) -> str:
 
 
 def own_folder(root: Path = ROOT) -> Path | None:
-    """A folder that registers NVIDIA's library beside what is registered already, written when it
+    """A folder that registers what no file does beside what is registered already, written when it
     is missing; None where it is not needed, or cannot be written."""
-    path = unregistered(root)
-    if not path:
+    more = unregistered(root)
+    if not more:
         return None
-    entries = {each.name: text(each) for each in icd_files(root)}
-    entries["drivetrain-nvidia.icd"] = path
+    entries = {each.name: text(each) for each in icd_files(root)} | more
     digest = hashlib.sha256(repr(sorted(entries.items())).encode()).hexdigest()[:16]
     folder = config.state_folder() / "opencl" / f"vendors-{digest}"
     try:
@@ -177,8 +202,9 @@ def fingerprint(root: Path = ROOT) -> str:
     for path in icd_files(root):
         name = text(path)
         facts += [str(path), _stamp(str(path)), name, _stamp(_found(name, root))]
-    extra = unregistered(root)
-    facts += [extra, _stamp(extra), _stamp(_found(LOADER, root))]
+    for extra in unregistered(root).values():
+        facts += [extra, _stamp(extra)]
+    facts.append(_stamp(_found(LOADER, root)))
     facts += sorted(
         (name, value) for name, value in os.environ.items() if name.startswith(_PLATFORMS_READ)
     )

@@ -8,33 +8,23 @@ more in this process: by then it has shown that it survives it.
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import json
-import re
-import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from drivetrain import __version__
 from drivetrain.errors import CompileError, HalError
 from drivetrain.hal.driver import FunctionFacts
-from drivetrain.hal.drivers import opencl_build, opencl_loader
+from drivetrain.hal.drivers import opencl_build, opencl_compile
 from drivetrain.hal.drivers.opencl_api import NAME, Cl, Code, name_of
 from drivetrain.hal.drivers.opencl_context import Context
 from drivetrain.hal.drivers.opencl_heaps import Heap
 from drivetrain.hal.drivers.opencl_platforms import answer, number_of
-from drivetrain.hal.isolated import python_path
-from drivetrain.hal.language import logs, process
+from drivetrain.hal.language import logs
 from drivetrain.hal.language.cache import cache
-from drivetrain.hal.language.compilers.opencl import options_of
 from drivetrain.hal.language.facts import Compiled
 
 _LOCAL_BYTES = 16
 """Of a dynamic ``__local`` argument that no launch has asked a size for."""
-_NAMED = re.compile(r'^#line \d+ "([^"<>]+)"', re.MULTILINE)
-_SAID = re.compile(r"^(error|warning): (\S+:\d+:\d+): ", re.MULTILINE)
-"""PoCL's way to write a place."""
 
 
 @dataclass
@@ -89,8 +79,9 @@ class Programs:
         return program
 
     def _compiled(self, code: bytes, form: str) -> int:
-        options = self._options(code) if form == "cl" else []
-        key = self._key(code, form, options)
+        found_device = self._context.found
+        options = opencl_compile.options(found_device, code) if form == "cl" else []
+        key = opencl_compile.key(found_device, "opencl binary", code, form, options)
         found = cache().get(key)
         if found is None:
             found = self._in_child(code, form, options)
@@ -102,59 +93,15 @@ class Programs:
                 pass  # it does not take back what it made itself
         return self._build(code, form, " ".join(options))
 
-    def _options(self, code: bytes) -> list[str]:
-        text = code.decode(errors="replace")
-        options = options_of(text)
-        fast = "-cl-fast-relaxed-math" in options
-        exact = self._context.found.number(Cl.DEVICE_SINGLE_FP_CONFIG)
-        if exact & Cl.FP_CORRECTLY_ROUNDED_DIVIDE_SQRT and not fast:
-            options.append("-cl-fp32-correctly-rounded-divide-sqrt")
-        return [*options, opencl_build.KERNEL_ARG_INFO]
-
-    def _key(self, code: bytes, form: str, options: list[str]) -> str:
-        found = self._context.found
-        facts = [
-            *(__version__, "opencl binary", form, options, hashlib.sha256(code).hexdigest()),
-            *(found.platform.name, found.platform.version_text, found.name),
-            *(found.text(Cl.DEVICE_VERSION), found.text(Cl.DRIVER_VERSION)),
-        ]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
     def _in_child(self, code: bytes, form: str, options: list[str]) -> Compiled:
-        found = self._context.found
-        job = {
-            "uuid": found.known_as,
-            "form": form,
-            "options": " ".join(options),
-        }
-        with process.private_folder() as folder:
-            (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-            (folder / "code").write_bytes(code)
-            command = [sys.executable, "-P", "-m", opencl_build.__name__]
-            environment = {"PYTHONPATH": python_path(), **opencl_loader.environment()}
-            ended = process.run(command, folder, environment=environment, memory=0)
-            try:
-                result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                result = None
-            if not isinstance(result, dict):
-                raise self._not_compiled(
-                    f"the compiler of {found.platform.name!r} gave no answer: "
-                    f"{ended.reason or 'it wrote none'}; nothing else was harmed. Simplify the "
-                    "kernel, or try a newer version of the platform",
-                    code="compiler",
-                )
-            if "unusable" in result:
-                raise self._context.error("compiler", "module_load", str(result["unusable"]))
-            status = int(result["status"])
-            log = explained(str(result["log"]), code)
-            if status:
-                self._refuse(status, log, str(result["op"]))
-            try:
-                made = (folder / "binary").read_bytes()
-            except OSError:
-                made = b""
-        return Compiled("clbin", made, {}, log)
+        made = opencl_compile.compiled(self._context.found, code, form, options)
+        if made.hung:
+            raise self._not_compiled(made.hung, code="compiler")
+        if made.unusable:
+            raise self._context.error("compiler", "module_load", made.unusable)
+        if made.status:
+            self._refuse(made.status, made.log, made.op)
+        return Compiled("clbin", made.binary, {}, made.log)
 
     def _refuse(self, status: int, log: str, op: str) -> None:
         """Raises what a compiler's result stands for."""
@@ -201,7 +148,7 @@ class Programs:
         failed, log = opencl_build.build(api, context.found, program, options)
         if failed:
             api.clReleaseProgram(program)
-            log = explained(log, code if form == "cl" else b"")
+            log = opencl_compile.explained(log, code if form == "cl" else b"")
             if form == "clbin":
                 words = logs.first_error(log) or name_of(failed)
                 raise self._not_compiled(words, log=log, status=failed)
@@ -340,9 +287,3 @@ class Programs:
     def close(self) -> None:
         for module in list(self._modules):
             self.unload(module)
-
-
-def explained(log: str, code: bytes) -> str:
-    """A compiler's words in the user's lines, as ``logs.explain`` writes them."""
-    name = _NAMED.search(code.decode(errors="replace"))
-    return logs.explain(_SAID.sub(r"\2: \1: ", log), name[1] if name else "kernel.cl")
