@@ -12,7 +12,7 @@ import typer
 from drivetrain import hal
 from drivetrain.cli.devices import console, driver_line, report, table_of
 from drivetrain.errors import BadInput
-from drivetrain.hal import registry
+from drivetrain.hal import loading, missing, registry
 
 
 def doctor(
@@ -50,7 +50,8 @@ def doctor(
         if bundle is not None:
             console().print(f"\nReport written to {bundle}", markup=False)
     broken = any(driver["state"] == "broken" for driver in found["drivers"])
-    if broken or any(device["usable"] is False for device in found["devices"]):
+    silent = any(driver["complaints"] for driver in found["drivers"])
+    if broken or silent or any(device["usable"] is False for device in found["devices"]):
         raise typer.Exit(1)
 
 
@@ -71,8 +72,10 @@ def examination() -> dict[str, Any]:
     packages = ("torch", "torchdata", "numpy", "triton", "nvidia-ml-py", "psutil", "xxhash")
     states = hal.drivers()
     found = report(probe=True, all_routes=True)
+    complaints = registry.examine()
     for driver in found["drivers"]:
         state = states[driver["name"]]
+        driver["complaints"] = complaints.get(state.name, [])
         driver["version"] = state.version
         driver["source"] = state.source
         driver["advice"] = _advice(state)
@@ -96,17 +99,32 @@ def _advice(state: hal.DriverInfo) -> str:
         )
     if state.state == "unchecked":
         return "take it out of [drivers] disable to use it"
+    ours = state.name in loading.BUILT_IN
     if "did not answer within" in state.reason:
+        who = (
+            "look at the system's log (dmesg)"
+            if ours
+            else f"report it to the authors of {state.source}, or run drivetrain drivers untrust "
+            f"{state.name}"
+        )
+        if state.name == "cuda":
+            who += ", turn on persistence mode (nvidia-persistenced)"
         return (
-            "its software hangs or is slow: look at the system's log (dmesg), on NVIDIA turn on "
-            "persistence mode (nvidia-persistenced), or give it more time with "
+            f"its software hangs or is slow: {who}, or give it more time with "
             "DRIVETRAIN_DISCOVERY_LIMIT_S=8"
         )
-    if state.state == "broken" and state.name == "cuda":
+    if state.state == "absent":
+        return state.install
+    if not ours and "of the driver interface" in state.reason:
+        return f"it comes from {state.source}: install a version that fits, or untrust it"
+    lacking = missing.remedy(state.reason)
+    if lacking:
+        return lacking
+    if state.name == "cuda":
         return "run nvidia-smi: when it fails too, reinstall the NVIDIA driver and reboot"
-    if state.state == "broken":
-        return f"reinstall {state.source}, or report this to its authors"
-    return state.install
+    if ours:
+        return f"its vendor's software is here and does not work, install it again: {state.install}"
+    return f"reinstall {state.source}, or report this to its authors"
 
 
 def _tell(found: Mapping[str, Any]) -> None:
@@ -134,6 +152,8 @@ def _tell(found: Mapping[str, Any]) -> None:
     for driver in found["drivers"]:
         if driver["state"] == "usable":
             out.print(f"[green]{escape(driver['name'])}: usable[/]")
+            for complaint in driver["complaints"]:
+                out.print(f"  {complaint}", markup=False)
             continue
         out.print(driver_line(driver))
         if driver["advice"]:
@@ -182,5 +202,13 @@ def redacted(found: dict[str, Any]) -> dict[str, Any]:
         }
         for device in found["devices"]
     ]
-    drivers = [{**driver, "reason": clean(driver["reason"])} for driver in found["drivers"]]
+    drivers = [
+        {
+            **driver,
+            "reason": clean(driver["reason"]),
+            "advice": clean(driver["advice"]),
+            "complaints": [clean(each) for each in driver["complaints"]],
+        }
+        for driver in found["drivers"]
+    ]
     return {**found, "devices": devices, "drivers": drivers}

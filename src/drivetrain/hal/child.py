@@ -1,7 +1,7 @@
 """The process in which a driver may hang or crash.
 
-``python -m drivetrain.hal.child ACTION DRIVER [FACTS]``. Actions: ``discover``; ``telemetry`` and
-``probe`` with a device's facts as JSON.
+``python -m drivetrain.hal.child ACTION DRIVER [FACTS]``. Actions: ``discover``, ``examine``;
+``telemetry`` and ``probe`` with a device's facts as JSON.
 It writes one line of JSON to standard output: ``{"ok": ...}`` or
 ``{"missing" | "failed": message, "code": word}``. What a vendor's library prints goes to standard
 error.
@@ -100,6 +100,8 @@ def _act(action: str, driver: Driver, facts: str) -> Any:
             info_to_json(replace(i, capabilities=replace(i.capabilities, groups=groups)))
             for i in driver.discover()
         ]
+    if action == "examine":
+        return [str(each) for each in driver.examine()] if driver.examine is not None else []
     info = info_from_json(json.loads(facts))
     if action == "telemetry":
         return driver.telemetry(info).as_json()

@@ -22,6 +22,8 @@ The rules of the required core:
 * ``probe(info)`` does a small operation on the device and compares the result; it raises a
   ``HalError`` otherwise. It runs in a child of its own under ``info.isolation``, may hang, and may
   crash.
+* ``examine()``, where a driver has it, names what is installed and does not work although the
+  driver does, each in a sentence that says what to do; ``drivetrain doctor`` asks, in a child.
 * ``open(info)`` makes the device ready in this process and returns its `Backend`: plain integers
   in, plain integers out. A driver without it serves torch only. What a backend has beyond the
   required core it declares in ``groups``; the core answers ``Unsupported`` for the rest.
@@ -385,6 +387,7 @@ class Driver:
     """The optional groups that its backends have on the best device; a backend may have fewer."""
     install: str = ""
     """What ``drivetrain doctor`` says to install when the driver is absent."""
+    examine: Callable[[], Sequence[str]] | None = None
 
 
 _HIDING = {
