@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 
@@ -14,7 +16,7 @@ import pytest
 pytest.importorskip("torch")
 
 HEAD = """
-import copy, gc, io, sys, warnings
+import copy, gc, io, os, sys, warnings
 sys.path.insert(0, {folder!r})
 import torch
 from torch import nn
@@ -23,6 +25,7 @@ from drivetrain.errors import BadInput, OutOfMemory, Unsupported
 from drivetrain.pytorch.custom import Config, register_custom_device, registered
 torch.set_num_threads(1)
 F = nn.functional
+SHIM = {shim!r}
 
 def raises(kind, text, act):
     try:
@@ -34,16 +37,41 @@ def raises(kind, text, act):
 
 def register(memory="shared", count=1, **more):
     chip = CHIPS[memory]("npu", count=count)
-    return register_custom_device(chip, Config(**{{"fallback": "allow", "shim": "off", **more}}))
+    return register_custom_device(chip, Config(**{{"fallback": "allow", "shim": SHIM, **more}}))
 """
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder (``DRIVETRAIN_CACHE``) with the C++ shim, built once in a session: all workers
+    of one session share it, and the first of them builds."""
+    if not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("no C++ compiler is installed")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "with-shim"
+    done = subprocess.run(
+        [sys.executable, "-m", "drivetrain.pytorch.custom.shim"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "DRIVETRAIN_CACHE": str(folder)},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def with_shim(run: Callable[..., str], built: Path) -> Callable[..., str]:
+    """`run` with the shim that is built."""
+    return partial(run, shim="require", DRIVETRAIN_CACHE=str(built))
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., str]:
     """Run a script after the head above; what it printed. It must end with 0, or as ``rc`` says."""
 
-    def run(code: str, rc: int = 0, **environment: str) -> str:
-        head = HEAD.format(folder=str(Path(__file__).parent))
+    def run(code: str, rc: int = 0, shim: str = "off", **environment: str) -> str:
+        head = HEAD.format(folder=str(Path(__file__).parent), shim=shim)
         done = subprocess.run(
             [sys.executable, "-X", "faulthandler", "-c", head + dedent(code)],
             capture_output=True,

@@ -9,7 +9,8 @@ import pytest
 TENSORS = """
 h = register({memory!r})
 D = "npu"
-assert str(h.device) == "npu:0" and h.name == "npu" and not h.shim and registered() is h
+assert str(h.device) == "npu:0" and h.name == "npu" and registered() is h
+assert h.shim == (SHIM != "off")
 assert type(torch.ones(2, device=D)) is torch.Tensor
 x = torch.arange(12.0).to(D).reshape(3, 4)
 assert x.device == h.device and x.is_npu and torch.ones(2).npu().is_npu
@@ -230,6 +231,20 @@ def test_a_tensor_of_the_device_is_a_tensor(run: Callable[..., str], memory: str
 def test_models_train_and_travel_as_on_the_cpu(run: Callable[..., str], memory: str) -> None:
     workers = 1 if memory == "shared" else 0
     assert "end" in run(TRAINING.format(memory=memory, steps=6, workers=workers))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("memory", ["shared", "visible", "opaque"])
+def test_a_tensor_of_the_device_is_the_same_with_the_shim(
+    with_shim: Callable[..., str], memory: str
+) -> None:
+    assert with_shim(TENSORS.format(memory=memory)).split()[-1] == "end"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("memory", ["shared", "visible", "opaque"])
+def test_models_train_and_travel_with_the_shim(with_shim: Callable[..., str], memory: str) -> None:
+    assert "end" in with_shim(TRAINING.format(memory=memory, steps=6, workers=1))
 
 
 @pytest.mark.soak

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 SCRIPT = """
 from drivetrain import hal
 from drivetrain.pytorch import devices
@@ -23,7 +25,7 @@ assert x.tolist() == [0] * 4
 assert devices.as_tensor(buffer, torch.float32).data_ptr() == x.data_ptr()
 raises(BadInput, "contiguous", lambda: devices.as_buffer(torch.ones(2, 3).t()))
 
-h = register_custom_device(["simulated:0", "simulated:1"], Config(fallback="allow", shim="off"))
+h = register_custom_device(["simulated:0", "simulated:1"], Config(fallback="allow", shim=SHIM))
 assert h.name == "simulated" and len(h.devices) == 2
 assert devices.torch_device("simulated:1") == torch.device("simulated:1")
 assert devices.hal_device("simulated:1").address == "simulated:1"
@@ -37,7 +39,7 @@ assert y.to("simulated:0").to("cpu").tolist() == [0, 7, 7, 7]
 raises(BadInput, "as_buffer", lambda: devices.as_tensor(buffer))
 raises(RuntimeError, "same device", lambda: y + torch.ones(4, device="simulated:0"))
 
-# Backward on the second device, without the C++ shim.
+# Backward on the second device, also without the C++ shim.
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 ours = copy.deepcopy(model).to("simulated:1")
@@ -57,3 +59,8 @@ print("end")
 
 def test_a_device_of_the_hal_is_a_device_of_torch(run: Callable[..., str]) -> None:
     assert "end" in run(SCRIPT, DRIVETRAIN_SIMULATED="count=2 memory=64M")
+
+
+@pytest.mark.soak
+def test_a_device_of_the_hal_is_the_same_with_the_shim(with_shim: Callable[..., str]) -> None:
+    assert "end" in with_shim(SCRIPT, DRIVETRAIN_SIMULATED="count=2 memory=64M")

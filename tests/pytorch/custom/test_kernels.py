@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
+
 SCRIPT = """
 from drivetrain.pytorch.custom import FallbackWarning
 calls = []
@@ -15,7 +17,7 @@ def add(a, b, *, alpha=1):
     return torch.sub(a, b, alpha=-alpha)
 
 h = register_custom_device(SharedChip("npu", kernels={"aten::add.Tensor": add}),
-                           Config(fallback="warn", shim="off"))
+                           Config(fallback="warn", shim=SHIM))
 D = "npu"
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
@@ -53,3 +55,8 @@ print("end")
 
 def test_kernels_serve_their_kin_and_the_rest_is_counted(run: Callable[..., str]) -> None:
     assert "end" in run(SCRIPT)
+
+
+@pytest.mark.soak
+def test_the_same_kernels_serve_with_the_shim(with_shim: Callable[..., str]) -> None:
+    assert "end" in with_shim(SCRIPT)

@@ -20,6 +20,7 @@ from drivetrain.pytorch.custom import (
     shim,
     sparse,
     storage,
+    streams,
 )
 from drivetrain.pytorch.custom.backward import one_thread
 from drivetrain.pytorch.custom.config import NOT_RENAMED, Config, name_of
@@ -234,6 +235,7 @@ def _registered(runtime: Runtime, registrar: Registrar) -> Handle:
         accelerator.remember()
         private.utils.rename_privateuse1_backend(runtime.name)
         private._register_device_module(runtime.name, module)
+        streams.register(runtime, module)
         private.utils.generate_methods_for_privateuse1_backend(for_storage=False)
     if not hasattr(torch.UntypedStorage, runtime.name):
         private.utils.generate_methods_for_privateuse1_backend(

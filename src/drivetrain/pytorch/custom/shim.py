@@ -14,7 +14,7 @@ from typing import Any
 
 from drivetrain.errors import Unsupported
 from drivetrain.pytorch.custom.runtime import Runtime
-from drivetrain.pytorch.custom.shim_build import MODULE, CannotBuild, built, ready
+from drivetrain.pytorch.custom.shim_build import MODULE, CannotBuild, built, check, ready
 
 _HOW = "python -m drivetrain.pytorch.custom.shim"
 
@@ -28,6 +28,7 @@ def use(runtime: Runtime) -> str:
     try:
         path = built() if wanted == "require" else ready()
         if path is None:
+            check()
             return f"it has not been built for this torch and this Python; build it with: {_HOW}"
         native = _loaded(path)
     except CannotBuild as error:

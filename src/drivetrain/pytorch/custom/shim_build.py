@@ -73,6 +73,17 @@ def built(*, say: bool = True) -> Path:
     found = ready()
     if found is not None:
         return found
+    compiler = check()
+    directory = _open(make=True)
+    assert directory is not None
+    name = f"{_name()}-{_of_compiler(compiler)}"
+    with _locked(directory / f".{name}.lock"):
+        found = _checked(directory, name)
+        return _compiled(compiler, directory, name, say) if found is None else found
+
+
+def check() -> tuple[str, ...]:
+    """The compiler. Raises CannotBuild where something is missing for a build."""
     compiler = find_compiler()
     if compiler is None:
         raise CannotBuild(
@@ -80,12 +91,7 @@ def built(*, say: bool = True) -> Path:
             "with apt-get install g++"
         )
     _check_headers()
-    directory = _open(make=True)
-    assert directory is not None
-    name = f"{_name()}-{_of_compiler(compiler)}"
-    with _locked(directory / f".{name}.lock"):
-        found = _checked(directory, name)
-        return _compiled(compiler, directory, name, say) if found is None else found
+    return compiler
 
 
 def find_compiler() -> tuple[str, ...] | None:
