@@ -49,7 +49,9 @@ def register(runtime: Runtime, module: Any) -> None:
         return found
 
     def default_stream(device: Any = None) -> torch.Stream:
-        return Stream(stream_id=0, device_index=device_of(device).index, device_type=_PLACE)
+        index = device_of(device).index
+        found: torch.Stream = Stream(stream_id=0, device_index=index, device_type=_PLACE)
+        return found
 
     @contextlib.contextmanager
     def stream(given: torch.Stream | None) -> Iterator[None]:
