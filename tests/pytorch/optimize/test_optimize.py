@@ -154,6 +154,29 @@ def test_every_step_that_is_not_tried_has_its_reason() -> None:
     assert "no optimizer" in trial(report, "fused-optimizer").reason
 
 
+def test_kernels_are_tuned_where_the_arithmetic_is_in_matrix_products() -> None:
+    """Not where it is in convolutions; the control is the same gate on a linear layer."""
+    image = torch.rand(1, 3, 16, 16)
+    convolved = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 14 * 14, 2)).eval()
+    skip = ["compile-default", "compile-reduce-overhead", "flex-*", "*-autocast", "*-weights"]
+    found = [
+        trial(run(model, inputs=inputs, skip=skip, seconds=1e-6).report, "compile-max-autotune")
+        for model, inputs in ((convolved, image), (Net().eval(), INPUT))
+    ]
+    assert "of the arithmetic is convolutions" in found[0].reason
+    assert "convolutions" not in found[1].reason
+
+
+def test_what_lost_by_little_is_measured_once_more_at_the_end() -> None:
+    def slow(model: nn.Module) -> None:
+        model.wait_s = 0.01  # type: ignore[assignment]
+
+    report = run(Net(0.03).eval(), Step.of("fast", slow), Step.of("as-fast", slow)).report
+    assert "fast" in report.kept
+    if trial(report, "as-fast").verdict == "not kept":
+        assert "measured once more" in trial(report, "fast + as-fast").reason
+
+
 # -- nothing is left behind -----------------------------------------------------------------------
 
 

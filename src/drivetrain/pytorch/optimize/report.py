@@ -100,13 +100,14 @@ class Report:
             f"error {self.error:.1e} of {self.tolerance:g} allowed; "
             f"found in {self.spent_s:.1f} s"
         )
-        rows = [("step", "speed", "error", "")]
+        rows = [("step", "speed", "error", "took", "")]
         for trial in self.trials:
             why = trial.verdict + (f": {trial.reason}" if trial.reason else "")
-            rows.append((trial.step, speed(trial), error(trial), why))
-        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+            took = f"{trial.spent_s:.1f} s" if trial.spent_s else ""
+            rows.append((trial.step, speed(trial), error(trial), took, why))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = [
-            "  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]).rstrip()
+            "  ".join([*(row[i].ljust(widths[i]) for i in range(4)), row[4]]).rstrip()
             for row in rows
         ]
         return "\n".join([head, "", *lines])

@@ -34,6 +34,8 @@ GROUPS = (
 """In the order in which their changes are made. A plan has one step of each, but any of ``own``."""
 
 
+MOST_CONVOLVED = 0.5
+"""Of a call's floating-point operations: with more of them in convolutions no kernels are tuned."""
 HOLDS = "a captured graph holds the memory of its calls for good"
 
 
@@ -264,6 +266,12 @@ def _compiling() -> tuple[Step, ...]:
         def ask(subject: Subject) -> str:
             if subject.facts.compiler:
                 return subject.facts.compiler
+            tuned = mode.startswith("max-autotune")
+            if tuned and subject.convolved > MOST_CONVOLVED:
+                return (
+                    f"{subject.convolved:.0%} of the arithmetic is convolutions: minutes of tuning "
+                    "for what the vendor's library does best; matrix products are what it tunes"
+                )
             graphs = mode in ("reduce-overhead", "max-autotune")
             if graphs and subject.objective == "memory":
                 return HOLDS

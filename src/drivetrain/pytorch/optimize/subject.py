@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 from drivetrain.errors import BadInput
 from drivetrain.pytorch.optimize import flags, transforms
@@ -138,6 +139,8 @@ class Subject:
             if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(found)):
                 raise BadInput(f"the model returned no tensor but a {type(found).__name__}")
             self.attention = operators.attention
+            self.convolved = operators.convolved
+            """The share of a call's floating-point operations that are convolutions' (0 to 1)."""
             if self.attention:
                 with direct:
                     self.inputs.call(self.model)
@@ -222,12 +225,22 @@ class _Operators(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.attention = False
+        self._flops = {True: 0.0, False: 0.0}
+
+    @property
+    def convolved(self) -> float:
+        """The share of the counted floating-point operations that are convolutions'."""
+        return self._flops[True] / max(1.0, sum(self._flops.values()))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         if "scaled_dot_product" in name or "transformer_encoder_layer_fwd" in name:
             self.attention = True
-        return func(*args, **(kwargs or {}))
+        found = func(*args, **(kwargs or {}))
+        count = flop_registry.get(getattr(func, "overloadpacket", None))
+        if count is not None:
+            self._flops["conv" in name] += count(*args, **(kwargs or {}), out_val=found)
+        return found
 
 
 class _Direct(TorchFunctionMode):
