@@ -2,7 +2,7 @@
 # make test    lint, types, room order and all quick tests
 # make judge-torch    torch's own suites of operations, modules and optimizers on a custom device
 # make soak    each long proof in full
-# make test-vendors   what needs a heavy package: Triton's compilers (1 GB on disk), AMD's hiprtc and headers
+# make test-vendors   what needs a heavy package: Triton's compilers (1 GB on disk), SYCL with Intel's runtime (1.6 GB), AMD's hiprtc and headers
 # make bench   times and ratios; ends 1 on a miss
 # make gpu-check [PYTHON=python3] [WHEELS=folder]   all that needs a GPU
 # make setup   ./.venv with the project installed; the others call it
@@ -38,13 +38,21 @@ lint: setup
 test: lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# A folder of its own: in .venv torch would find it and use it.
+# Folders of their own: in .venv torch would find Triton and use it. SYCL's wheels have libraries that
+# pip leaves out with --target.
 test-vendors: setup
 	@test -d $(VENDORS)/triton || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --no-deps --target $(VENDORS) triton==3.9.0
 	@DRIVETRAIN_TEST_TRITON=$(VENDORS) $(BIN)/python -m pytest tests/hal/language/test_triton.py \
+	    tests/hal/language/test_triton_of_drivers.py \
 	    tests/hal/drivers/test_hip_header.py tests/hal/drivers/test_level_zero_header.py -rs
 	@$(BIN)/python -m pytest tests/hal/kernels/test_compiled_for_amd.py -m "soak or not soak" -rs
+	@test -e $(VENDORS)/sycl/.ready || { $(BIN)/python -m pip install --quiet \
+	    --disable-pip-version-check --ignore-installed --prefix $(VENDORS)/sycl dpctl==0.22.1 \
+	    intel-opencl-rt==2026.2.0 intel-cmplr-lib-rt==2026.2.0 && touch $(VENDORS)/sycl/.ready; }
+	@DRIVETRAIN_TEST_SYCL=$(VENDORS)/sycl $(BIN)/python -m pytest tests/hal/drivers/test_sycl.py -rs
+	@DRIVETRAIN_SYCL_LIBRARY="$$(echo $(VENDORS)/sycl/lib/python*/site-packages/dpctl/libDPCTLSyclInterface.so)" \
+	    $(BIN)/python -m pytest tests/hal/test_execution_plans.py -rs
 
 judge-torch: setup
 	@$(BIN)/python tools/judge_torch.py

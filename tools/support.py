@@ -39,7 +39,7 @@ CAPABILITIES = (DISCOVERY, CORE, *GROUPS)
 KINDS = {
     "compiled": "the vendor's compiler, or Triton's back end for that target, made code for it",
     "fake": "a library of our own stood behind the API: the order of calls and faults, not results",
-    "emulated": "somebody else's implementation ran it on a processor (PoCL)",
+    "emulated": "somebody else's implementation ran it on a processor (PoCL, Intel's runtime)",
     "hardware": "it ran on the device itself",
 }
 

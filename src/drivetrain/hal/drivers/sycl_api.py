@@ -221,7 +221,7 @@ class Api:
             setattr(self, row.name, function)
         if lacking:
             raise HalError(
-                f"{LIBRARY} has no {', '.join(lacking)}; install a newer dpctl (0.18 or later)",
+                f"{LIBRARY} has no {', '.join(lacking)}; install a newer dpctl",
                 code="broken",
                 driver=NAME,
                 op="open",
