@@ -48,6 +48,7 @@ __all__ = [
     "Calls",
     "Collective",
     "CompilesGraphs",
+    "CompilesTriton",
     "Capabilities",
     "DeviceInfo",
     "Driver",
@@ -59,6 +60,7 @@ __all__ = [
     "MemoryCalls",
     "Target",
     "Telemetry",
+    "TritonTarget",
     "Way",
     "hidden_from_all",
 ]
@@ -77,10 +79,40 @@ GROUPS = {
     "pinned": "host memory that the device reads fast",
     "timing": "elapsed time between events",
     "collectives": "all-reduce and its kin; see `Collective`",
-    "triton": "a Triton target (declared only: nothing asks for it yet)",
+    "triton": "a target of Triton's, with stages of its own; see `CompilesTriton`",
     "compile_graph": "a back end for torch.compile; see `CompilesGraphs`",
 }
 """Optional groups: what each holds. A driver declares those it has in ``Driver.groups``."""
+
+
+@dataclass(frozen=True)
+class TritonTarget:
+    """How Triton compiles for a device: group ``triton``."""
+
+    backend: str
+    """Which of Triton's back ends begins: ``cuda``, ``hip``, or one that a package adds to Triton
+    under its entry points."""
+    arch: int | str
+    """Its word for an architecture: ``90``, ``gfx942``."""
+    warp_size: int
+    """Threads of a warp: a kernel is launched with blocks of ``num_warps`` times as many."""
+    form: str
+    """The name of the last stage; ``module_load`` gets what it makes, and this word."""
+    stages: str = ""
+    """``package.module:function``, called in the compiler's process as ``function(stages,
+    options)`` with Triton's ordered table of stages (``ttir``, ``ttgir``, ``llir``, ...), which it
+    changes in place. A stage is ``stage(module, metadata)``; it gives what the next one takes, the
+    last one bytes. Where it leaves out Triton's own last stages it sets ``metadata["name"]`` (the
+    symbol) and ``metadata["shared"]`` (bytes) itself. A ``RuntimeError`` is the kernel's fault and
+    becomes a CompileError. Empty: the back end's own stages."""
+    options: tuple[tuple[str, Any], ...] = ()
+    """For the back end, beside ``num_warps``, ``num_stages`` and ``enable_fp_fusion``."""
+    hidden: int = 0
+    """Null pointers that the code takes behind the kernel's parameters: Triton's own last stages
+    for ``cuda`` and ``hip`` add some."""
+    version: str = ""
+    """Of what the stages call: kernels in the cache that another version made are made anew. The
+    file of ``stages`` counts by itself."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +127,8 @@ class Target:
     """Words that kernels may ask about: ``fp64``, ``fp16``, ``subgroups``, ``binary_only``."""
     version: str = ""
     """Of the driver that compiles or loads the code: a part of the cache's key."""
+    triton: TritonTarget | None = None
+    """Set by the core where the driver has the group ``triton``."""
 
 
 @dataclass(frozen=True)
@@ -366,6 +400,13 @@ class CompilesGraphs(Protocol):
     def compile_graph(self, gm: Any, example_inputs: Any) -> Any:
         """A callable of the same inputs that gives a list or tuple of the outputs; or
         ``gm.forward`` for what it does not compile."""
+
+
+class CompilesTriton(Protocol):
+    """Group ``triton``: what a backend has that declares it, beside ``compute``."""
+
+    def triton_target(self) -> TritonTarget:
+        """How ``Source.triton`` is compiled for this device."""
 
 
 @dataclass(frozen=True)

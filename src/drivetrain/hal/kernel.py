@@ -572,7 +572,7 @@ def compiled(opened: Opened, source: Any, options: Sequence[str]) -> Module:
     from drivetrain.hal.language import compile as compile_source
 
     opened.require("compute", "compile")
-    result = compile_source(source, opened.backend.target, options=tuple(options))
+    result = compile_source(source, opened.target_of(source), options=tuple(options))
     handle = opened.backend.module_load(result.code, result.form)
     return Module(opened, handle, result.kernels, (source, tuple(options)))
 

@@ -11,11 +11,12 @@ import os
 import threading
 import weakref
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from drivetrain.errors import HalError, Unsupported
 from drivetrain.hal import loading, watch
-from drivetrain.hal.driver import Backend
+from drivetrain.hal.driver import Backend, Target
 from drivetrain.hal.kinds import Kind
 from drivetrain.hal.resource import DriverMemory, MemoryResource
 
@@ -117,6 +118,14 @@ class Opened:
                 op=op,
                 device=self.device.address,
             )
+
+    def target_of(self, source: object) -> Target:
+        """What ``source`` is compiled for here; a Triton function where the driver says."""
+        target = self.backend.target
+        if getattr(source, "language", "") == "triton" and "triton" in self.backend.groups:
+            named: Any = self.backend
+            return replace(target, triton=named.triton_target())
+        return target
 
     def pool(self, kind: Kind) -> MemoryResource:
         """The device's own pool for memory of ``kind``."""

@@ -57,7 +57,8 @@ def compile(source: Source, target: Target, *, options: Sequence[str] = ()) -> C
     read = read_options(options, source.defines)
     if source.language == "binary":
         return Compiled(source.form, source.data, _told(source))
-    name = _COMPILERS[source.language, target.kind]
+    own = source.language == "triton" and target.triton is not None
+    name = "triton" if own else _COMPILERS[source.language, target.kind]
     compiler = import_module(f"drivetrain.hal.language.compilers.{name}")
     identity = cast(Identity, compiler.identity)(source, target)
     key = _key(source, target, read, identity)

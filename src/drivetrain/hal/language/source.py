@@ -93,7 +93,8 @@ class Source:
         num_stages: int = 3,
         name: str = "",
     ) -> Source:
-        """A Triton kernel, compiled without a device, for CUDA and HIP targets.
+        """A Triton kernel, compiled without a device, for CUDA and HIP targets and for devices
+        whose driver has the group ``triton``.
 
         ``fn`` is a function, decorated by ``triton.jit`` or not. Its source text is taken here,
         with that of the functions it calls, and compiled elsewhere in a namespace of its own. So
@@ -183,6 +184,8 @@ class Source:
 
     def misfit(self, target: Target) -> str:
         """Why ``target`` does not take this kind of source; empty when it does."""
+        if self.language == "triton" and target.triton is not None:
+            return ""
         if target.kind not in FORMS:
             return f"{target.kind!r} is no kind of target; there are {', '.join(FORMS)}"
         if self.language == "binary":
@@ -190,7 +193,8 @@ class Source:
                 return ""
             return f"{target.kind} loads {' or '.join(FORMS[target.kind])}, not {self.form}"
         if target.kind not in _LANGUAGES[self.language]:
-            return f"{self.language} sources are not compiled for {target.kind}"
+            how = ", and its driver has no group triton" if self.language == "triton" else ""
+            return f"{self.language} sources are not compiled for {target.kind}{how}"
         if "binary_only" in target.features:
             return "this device takes binaries only; make one with its own tools (Source.binary)"
         return ""

@@ -1,11 +1,14 @@
-"""Triton for NVIDIA and AMD, without a device: in a process of its own, for a target by name.
+"""Triton for NVIDIA, AMD and whatever a driver's group ``triton`` says, without a device: in a
+process of its own, for a target by name.
 
-What comes out is a cubin or a code object and the facts of its launch: one block of a fixed size,
-dynamic shared memory, and pointers to scratch memory behind the user's arguments.
+What comes out is a cubin, a code object or what the driver's last stage makes, and the facts of its
+launch: one block of a fixed size, dynamic shared memory, and pointers to scratch memory behind the
+user's arguments.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -15,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from drivetrain.errors import BadInput, CompileError, HalError, Unsupported
-from drivetrain.hal.driver import Target
+from drivetrain.hal.driver import Target, TritonTarget
 from drivetrain.hal.language.compilers import triton_child
 from drivetrain.hal.language.compilers.rtc_kernels import entry_sizes
 from drivetrain.hal.language.facts import SCALARS, Compiled, KernelFacts, Param
@@ -34,6 +37,8 @@ AMD_WARPS = {
 }
 """Threads of a warp. Others are not asked for: LLVM ends the process on a name it does not know."""
 _OLDEST = (3, 4)
+_HOUSE = Path(__file__).parents[4]
+"""The folder that this package is imported from."""
 _WORDS = {"i1": "u8", "fp16": "f16", "fp32": "f32", "fp64": "f64", "bf16": "bf16"}
 
 
@@ -45,6 +50,9 @@ def identity(source: Source, target: Target) -> str:
     for library in sorted((folder / "_C").glob("libtriton*")):
         facts = library.stat()
         words.append(f"{library} {facts.st_size} {facts.st_mtime_ns}")
+    if target.triton is not None and target.triton.stages:
+        file, _ = _stages(target.triton)
+        words.append(f"{target.triton.stages} {hashlib.sha256(file.read_bytes()).hexdigest()}")
     return "\n".join(words)
 
 
@@ -65,6 +73,12 @@ def build(source: Source, target: Target, options: Options) -> Compiled:
         "fusion": options.fmad is not False,
         "lineinfo": options.lineinfo,
     }
+    own = target.triton
+    if own is not None:
+        job["form"] = own.form
+        job["stages"] = own.stages
+        # The child is isolated: what this process finds through its own paths, it finds there.
+        job["paths"] = [str(_stages(own)[1]), str(_HOUSE)] if own.stages else []
     with private_folder() as place:
         (place / "kernel.py").write_text(source.text, encoding="utf-8")
         (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
@@ -91,12 +105,33 @@ def build(source: Source, target: Target, options: Options) -> Compiled:
                     f"Triton {version} failed for {target.arch}: {result['error']['said']}",
                 )
             raise _refused(source, target, version, result["error"], speech)
+        if own is not None:
+            code = (place / "code").read_bytes()
+            facts = _facts(source, job["target"], result, own.hidden)
+            return Compiled(own.form, code, {source.name: facts}, "")
         form, sizes = "cubin", place / "code.ptx"
         if target.kind == "hip":
             form, sizes = "hsaco", place / "code.amdgcn"
         code = (place / f"code.{form}").read_bytes()
-        facts = _facts(source, job["target"], result, sizes.read_text(errors="replace"))
+        hidden = _hidden(source, job["target"], result, sizes.read_text(errors="replace"))
+        facts = _facts(source, job["target"], result, hidden)
     return Compiled(form, code, {source.name: facts}, "")
+
+
+def _stages(target: TritonTarget) -> tuple[Path, Path]:
+    """The file of a driver's stages, and the folder that it is imported from."""
+    module, colon, function = target.stages.partition(":")
+    spec = find_spec(module) if colon and function else None
+    if spec is None or not spec.origin or not Path(spec.origin).is_file():
+        raise Unsupported(
+            f"the driver's stages for Triton, {target.stages!r}, are no module:function that this "
+            "Python finds; report this to the driver's authors",
+            code="unsupported",
+            op="compile",
+        )
+    file = Path(spec.origin)
+    folder = file.parents[module.count(".")]
+    return file, folder.parent if file.name == "__init__.py" else folder
 
 
 def _installed() -> tuple[Path, str]:
@@ -127,6 +162,8 @@ def _installed() -> tuple[Path, str]:
 
 def _target(source: Source, target: Target) -> tuple[str, int | str, int]:
     """Triton's words for it: back end, architecture, threads of a warp."""
+    if target.triton is not None:
+        return target.triton.backend, target.triton.arch, target.triton.warp_size
     if target.kind == "cuda":
         match = re.fullmatch(r"sm_(\d+)[af]?", target.arch)
         if match and int(match[1]) in NVIDIA:
@@ -149,22 +186,13 @@ def _options(source: Source, target: Target, options: Options) -> dict[str, Any]
     out["enable_fp_fusion"] = options.fmad is not False
     if target.kind == "cuda" and options.registers:
         out["maxnreg"] = options.registers
-    return out
+    return {**out, **dict(target.triton.options if target.triton is not None else ())}
 
 
 # -- what came of it -------------------------------------------------------------------------------
 
 
-def _facts(
-    source: Source, target: tuple[str, int | str, int], result: dict[str, Any], assembly: str
-) -> KernelFacts:
-    if result["scratch"]:
-        raise _error(
-            source,
-            f"Triton wants {result['scratch']} bytes of scratch memory in each block of this "
-            "kernel; Drivetrain's launches give none",
-            Unsupported,
-        )
+def _params(source: Source) -> list[Param]:
     params = []
     for name, kind in source.signature:
         if kind == "constexpr":
@@ -173,26 +201,46 @@ def _facts(
         if word not in SCALARS and word not in ("ptr", "bf16"):
             raise _error(source, f"{name} is a number of type {kind}; pass a pointer", Unsupported)
         params.append(Param(word, 8 if word == "ptr" else SCALARS.get(word, 2), name))
+    return params
+
+
+def _facts(
+    source: Source, target: tuple[str, int | str, int], result: dict[str, Any], hidden: int
+) -> KernelFacts:
+    if result["scratch"]:
+        raise _error(
+            source,
+            f"Triton wants {result['scratch']} bytes of scratch memory in each block of this "
+            "kernel; Drivetrain's launches give none",
+            Unsupported,
+        )
+    return KernelFacts(
+        str(result["name"]),
+        tuple(_params(source)),
+        block=(int(result["num_warps"]) * target[2], 1, 1),
+        shared_bytes=int(result["shared"]),
+        hidden=hidden,
+    )
+
+
+def _hidden(
+    source: Source, target: tuple[str, int | str, int], result: dict[str, Any], assembly: str
+) -> int:
+    """How many pointers Triton put behind the parameters, which must be as the source says."""
     symbol = str(result["name"])
     sizes = (
         entry_sizes(assembly).get(symbol)
         if target[0] == "cuda"
         else _code_object_sizes(assembly, symbol)
     )
-    told = [param.nbytes for param in params]
+    told = [param.nbytes for param in _params(source)]
     if sizes is None or sizes[: len(told)] != told or set(sizes[len(told) :]) - {8}:
         raise _error(
             source,
             f"Triton {result['version']} made a kernel whose parameters have {sizes} bytes where "
             f"{told} and pointers were expected; this version is not known here",
         )
-    return KernelFacts(
-        symbol,
-        tuple(params),
-        block=(int(result["num_warps"]) * target[2], 1, 1),
-        shared_bytes=int(result["shared"]),
-        hidden=len(sizes) - len(told),
-    )
+    return len(sizes) - len(told)
 
 
 def _code_object_sizes(assembly: str, symbol: str) -> list[int] | None:

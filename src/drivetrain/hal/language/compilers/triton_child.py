@@ -1,6 +1,6 @@
 """Triton, in a process of its own: from ``job.json`` and ``kernel.py`` here to ``result.json``.
 
-Run as a script by `triton.py`; it imports nothing of the package.
+Run as a script by `triton.py`; it imports nothing of the package. A driver's own stages may.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _settle(job: dict[str, Any]) -> None:
     # Its default changes from one version to the next, and the numbers with it.
     os.environ["TRITON_DEFAULT_FP_FUSION"] = str(int(job["fusion"]))
     os.environ["TRITON_DISABLE_LINE_INFO"] = str(int(not job["lineinfo"]))
-    sys.path.append(job["site"])
+    sys.path += [job["site"], *job.get("paths", ())]
 
 
 def _function(name: str) -> Any:
@@ -47,16 +47,21 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    target = GPUTarget(*job["target"])
+    if "form" in job:
+        _with_stages(job, target)
     function = _function(job["function"])
     source = ASTSource(
         fn=function, signature=dict(job["signature"]), constexprs=dict(job["constants"])
     )
-    target = GPUTarget(*job["target"])
     made = triton.compile(source, target=target, options=job["options"])
     for form in ("cubin", "hsaco", "ptx", "amdgcn"):
         data = made.asm.get(form) if hasattr(made.asm, "get") else None
         if data is not None:
             Path(f"code.{form}").write_bytes(data.encode() if isinstance(data, str) else data)
+    if "form" in job:
+        code = made.asm[job["form"]]
+        Path("code").write_bytes(code.encode() if isinstance(code, str) else code)
     facts = made.metadata
     return {
         "name": facts.name,
@@ -65,6 +70,43 @@ def _compile(job: dict[str, Any]) -> dict[str, Any]:
         "scratch": int(getattr(facts, "global_scratch_size", 0) or 0),
         "version": triton.__version__,
     }
+
+
+class _NoStages(ImportError):
+    """What a driver names as its stages cannot be used."""
+
+
+def _with_stages(job: dict[str, Any], target: Any) -> None:
+    """Puts a driver's stages behind those of Triton's back end for the target."""
+    from dataclasses import replace
+
+    from triton.backends import backends
+
+    keys = [key for key, each in backends.items() if each.compiler.supports_target(target)]
+    if len(keys) != 1:
+        raise _NoStages(f"it has {keys or 'no back end'} for {target.backend!r}")
+    form, hook = job["form"], None
+    if job["stages"]:
+        module, _, name = job["stages"].partition(":")
+        try:
+            hook = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise _NoStages(f"the driver's stages {job['stages']}: {error}") from error
+    compiler: Any = backends[keys[0]].compiler
+
+    class Hooked(compiler):  # type: ignore[misc]
+        def __init__(self, target: Any) -> None:
+            super().__init__(target)
+            self.binary_ext = form
+
+        def add_stages(self, stages: Any, options: Any, *language: Any) -> None:
+            super().add_stages(stages, options, *language)
+            if hook is not None:
+                hook(stages, options)
+            if list(stages)[-1:] != [form]:
+                raise TypeError(f"the stages end with {list(stages)[-1:]}, not with {form!r}")
+
+    backends[keys[0]] = replace(backends[keys[0]], compiler=Hooked)
 
 
 def _place(error: BaseException) -> dict[str, Any]:
