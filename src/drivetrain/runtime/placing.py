@@ -159,7 +159,7 @@ class Placer:
     def _by_name_only(device: Device) -> bool:
         """Another runtime on the processor, or a driver with which no job was shown yet on
         hardware."""
-        return device.info.by_name_only or device.driver in ("opencl", "hip", "simulated")
+        return device.info.by_name_only or device.driver in ("opencl", "hip", "sycl", "simulated")
 
     def _names(self, more: Sequence[str]) -> set[str]:
         """What the job is to run on by name, and ``more``: addresses, drivers, vendors."""

@@ -59,7 +59,7 @@ def _pair() -> tuple[str, str]:
     """Two accelerators of one model, else two equal parts of the processor."""
     found: dict[tuple[str, str], list[str]] = {}
     for device in hal.devices():
-        passed_over = device.driver in ("cpu", "opencl", "hip") or device.info.by_name_only
+        passed_over = device.driver in ("cpu", "opencl", "hip", "sycl") or device.info.by_name_only
         if not passed_over and not device.info.fault:
             found.setdefault((device.driver, device.name), []).append(device.address)
     for addresses in found.values():

@@ -108,6 +108,8 @@ def _choose(opened: Opened) -> Choice:
     kind = opened.backend.target.kind
     if opened.device.driver == "simulated":
         return Choice(None, ("a simulated device has no vendor's library",))
+    if kind == "opencl" and opened.device.driver != "opencl":
+        kind = opened.device.driver  # it takes OpenCL C, and its handles are not OpenCL's
     if kind not in _KINDS:
         return Choice(None, (f"no library is known for {kind} devices",))
     look, make, named = _KINDS[kind]

@@ -172,4 +172,4 @@ def kernel_for(device: Device, dtype: DType, batch: int) -> Kernel:
 def serves(device: Device) -> bool:
     """Whether it is one that this is for: chosen by name only, as such runtimes are."""
     info = device.info
-    return info.driver == "opencl" and info.memory_domain == "host" and info.by_name_only
+    return info.driver in ("opencl", "sycl") and info.memory_domain == "host" and info.by_name_only
