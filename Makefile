@@ -50,7 +50,8 @@ test-vendors: setup
 	@test -e $(VENDORS)/sycl/.ready || { $(BIN)/python -m pip install --quiet \
 	    --disable-pip-version-check --ignore-installed --prefix $(VENDORS)/sycl dpctl==0.22.1 \
 	    intel-opencl-rt==2026.2.0 intel-cmplr-lib-rt==2026.2.0 && touch $(VENDORS)/sycl/.ready; }
-	@DRIVETRAIN_TEST_SYCL=$(VENDORS)/sycl $(BIN)/python -m pytest tests/hal/drivers/test_sycl.py -rs
+	@DRIVETRAIN_TEST_SYCL=$(VENDORS)/sycl $(BIN)/python -m pytest tests/hal/drivers/test_sycl.py \
+	    tests/runtime/test_chip_jobs.py -k sycl -rs
 	@DRIVETRAIN_SYCL_LIBRARY="$$(echo $(VENDORS)/sycl/lib/python*/site-packages/dpctl/libDPCTLSyclInterface.so)" \
 	    $(BIN)/python -m pytest tests/hal/test_execution_plans.py -rs
 

@@ -27,6 +27,12 @@ needs_opencl = pytest.mark.skipif(
     not hal.devices("opencl"), reason="needs an OpenCL device: apt install pocl-opencl-icd"
 )
 
+SYCL = Path(os.environ.get("DRIVETRAIN_TEST_SYCL", "/nowhere")).joinpath(
+    "lib",
+    f"python{sys.version_info[0]}.{sys.version_info[1]}",
+    "site-packages/dpctl/libDPCTLSyclInterface.so",
+)
+
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -87,14 +93,24 @@ def same_training(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
 def test_a_job_moves_to_a_chip_and_back_while_it_trains(chips: Home, memory: str) -> None:
     """With the best memory that the device has, and with such that the host has no address of."""
     chips.env.update({"DRIVETRAIN_OPENCL_MEMORY": memory} if memory else {})
+    there_and_back(chips, "opencl:0", "hal_opencl")  # torch has another ``opencl``
+
+
+@pytest.mark.skipif(not SYCL.is_file(), reason="dpctl and Intel's runtime are not installed")
+def test_a_job_moves_to_intels_runtime_by_sycl_and_back_while_it_trains(chips: Home) -> None:
+    chips.env["DRIVETRAIN_SYCL_LIBRARY"] = str(SYCL)
+    there_and_back(chips, "sycl:0", "sycl")
+
+
+def there_and_back(chips: Home, address: str, place: str) -> None:
     hosted = begin(chips, "--on", "cpu:0")
     chips.wait_step(2, "j")
-    there = move(chips, "opencl:0")
-    assert there["to"] == "opencl:0"
+    there = move(chips, address)
+    assert there["to"] == address
     chips.wait_step(there["step"] + 2, "j")
     back = move(chips, "cpu:1")
     found = ended(chips, hosted)
-    assert found["places"]["hal_opencl"] == back["step"] - there["step"] >= 2
+    assert found["places"][place] == back["step"] - there["step"] >= 2
     assert sum(found["places"].values()) == found["steps"]
     assert found["device"] == "cpu"
     wanted = alone()
