@@ -1,16 +1,20 @@
-"""What torch on a custom device costs more than torch on the CPU, in pure Python.
+"""What torch on a custom device costs more than torch on the CPU, in pure Python and with the C++
+shim.
 
 The device is a host-visible chip without kernels of its own: each operation is the CPU's, and the
 way there and back is measured. Start: before a block of calls; end: after it; peer and floor:
-the same calls on the CPU, interleaved in the same process, on one thread.
+the same calls on the CPU, interleaved in the same process, on one thread. A process registers one
+device, so each of the two is a process; the shim is built first where it is not.
 
     python -m benchmarks custom_device
-    python benchmarks/bench_custom_device.py [--quick] [--json]
+    python benchmarks/bench_custom_device.py [--quick] [--json] [--shim off|require]
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.common import ROUNDS, Gate, Report, spread
+from drivetrain.errors import Unsupported
 from drivetrain.pytorch.custom import Config, Handle, register_custom_device
 
 LIMITS = {"16x16 add": (11.0, 8.5), "view": (3.5, 3.5), "MLP step": (4.5, 4.5)}
@@ -76,6 +81,7 @@ def seconds(call: Callable[[], object], times: int) -> float:
 
 def measure(handle: Handle, report: Report, rounds: int) -> None:
     here, there = cases("cpu"), cases(str(handle.device))
+    how = " with the shim" if handle.shim else ""
     for name, limits in LIMITS.items():
         cpu, device = [], []
         times = here[name][1]
@@ -89,7 +95,7 @@ def measure(handle: Handle, report: Report, rounds: int) -> None:
         limit = limits[handle.shim]
         report.add(
             Gate(
-                f"custom device, {name}",
+                f"custom device{how}, {name}",
                 ratio,
                 limit,
                 "x the CPU",
@@ -102,11 +108,25 @@ def measure(handle: Handle, report: Report, rounds: int) -> None:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="5 rounds")
+    parser.add_argument("--json", action="store_true", help="the gates as a last line")
+    parser.add_argument("--shim", choices=("off", "require"), help="one of the two only")
+    asked = parser.parse_args()
+    if asked.shim is None:
+        command = [sys.executable, __file__, *sys.argv[1:], "--shim"]
+        return max(
+            subprocess.run([*command, how], check=False).returncode for how in ("off", "require")
+        )
     torch.set_num_threads(1)
-    handle = register_custom_device(Chip(), Config(fallback="allow"))
+    try:
+        handle = register_custom_device(Chip(), Config(fallback="allow", shim=asked.shim))
+    except Unsupported as error:
+        print(f"  not measured: {error}")
+        return 0
     report = Report("custom_device")
-    print(f"  {handle!r}")
-    measure(handle, report, 5 if "--quick" in sys.argv else 2 * ROUNDS + 1)
+    print(f"  {handle!r}", flush=True)
+    measure(handle, report, 5 if asked.quick else 2 * ROUNDS + 1)
     return report.finish()
 
 

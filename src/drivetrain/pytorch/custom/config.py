@@ -23,8 +23,9 @@ class Config:
     """The device's name in torch; None: the backend's. Lower-case letters and ``_``: torch takes no
     digits."""
     shim: str = "auto"
-    """The C++ part: ``auto`` uses it where it was built before or a compiler is there, ``require``
-    raises where it cannot be had, ``off`` does without."""
+    """The C++ part: ``auto`` uses it where it was built before and compiles nothing, ``require``
+    builds it where needed (once, about half a minute) and raises Unsupported where it cannot be
+    had, ``off`` does without. The kernels are the same Python functions with it and without."""
     fallback: str = "warn"
     """What happens when an operation leaves the device for the CPU: ``warn`` (once an operation),
     ``error`` or ``allow``. It is counted always."""

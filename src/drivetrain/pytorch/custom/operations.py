@@ -22,7 +22,7 @@ KEY = "PrivateUse1"
 _VIEWS = words(
     """
     as_strided view _reshape_alias unfold view_as_real view_as_complex set_.source_Storage
-    set_.source_Storage_storage_offset set_.source_Tensor set_
+    set_.source_Storage_storage_offset set_.source_Tensor
     """
 )
 _FUSED_CELLS: dict[str, Callable[..., Any]] = {
@@ -130,6 +130,7 @@ class Registrar:
             self.put("empty_strided", empty_strided)
             for name in _VIEWS:
                 self.put(name, view_of(overload(f"aten::{name}")))
+            self.put("set_", partial(_emptied, runtime))
         self.put("_copy_from", copy)
         for key in ("Conjugate", "Negative"):
             # Else a copy of such a view clones it, which copies it: the C stack ends.
@@ -329,6 +330,12 @@ def _number(runtime: Runtime, tensor: Tensor) -> Any:
     if memory.visible:
         runtime.synchronize(tensor.device.index)
     return host.item()
+
+
+def _emptied(runtime: Runtime, tensor: Tensor) -> Tensor:
+    """``set_()``: no elements and no memory, on the same device."""
+    nothing = runtime.memories[tensor.device.index].empty((0,), tensor.dtype)
+    return set_to(tensor, nothing.untyped_storage(), 0, (0,), (1,))
 
 
 def _resize(runtime: Runtime, tensor: Tensor, size: Any, *, memory_format: Any = None) -> Tensor:

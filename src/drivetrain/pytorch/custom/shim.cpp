@@ -206,31 +206,13 @@ struct Allocator final : c10::DeviceAllocator {
     auto& place = places[index_of({kHere, given})];
     place.peak = place.used.load();
   }
-  // Not in every torch that is served, hence no `override` from here on.
-  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex given) {
+  std::pair<size_t, size_t> getMemoryInfo(c10::DeviceIndex given) override {
     Gil gil;
     Called told(PyObject_CallFunction(py_memory_info, "i", index_of({kHere, given})));
     unsigned long long free, total;
     if (!PyArg_ParseTuple(told.result, "KK", &free, &total)) raise();
     return {free, total};
   }
-  void* raw_alloc(size_t nbytes) {
-    auto taken = take(nbytes, current);
-    std::lock_guard<std::mutex> guard(lock);
-    void* address = taken.get();
-    raw.emplace(address, std::move(taken));
-    return address;
-  }
-  void raw_delete(void* address) {
-    c10::DataPtr gone;
-    std::lock_guard<std::mutex> guard(lock);
-    auto found = raw.find(address);
-    if (found == raw.end()) return;
-    gone = std::move(found->second);
-    raw.erase(found);
-  }
-  std::mutex lock;
-  std::map<void*, c10::DataPtr> raw;
 };
 
 Allocator& allocator() {
@@ -458,8 +440,15 @@ void let_go(void* held) {
   delete static_cast<c10::Storage*>(held);
 }
 
+void check_plain(const at::Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      tensor.layout() == at::kStrided && !tensor.is_quantized() && !tensor.is_nested(),
+      "a custom device has plain tensors only: none that are quantized or nested");
+}
+
 // The tensor of host-visible memory as one of the CPU; conj and neg bits are carried over.
 at::Tensor on_host(const at::Tensor& tensor) {
+  check_plain(tensor);
   if (tensor._is_zerotensor()) {  // autograd's zeros have no memory at all
     return at::zeros(tensor.sizes(), at::TensorOptions().dtype(tensor.dtype()).device(c10::kCPU));
   }
@@ -492,6 +481,7 @@ void lent_back(void* held) {
 
 // A tensor of the CPU without bits or gradient as one of device `index`.
 at::Tensor on_device(const at::Tensor& tensor, int index) {
+  check_plain(tensor);
   const auto& storage = tensor.storage();
   const auto nbytes = static_cast<int64_t>(storage.nbytes());
   counted(index, nbytes);

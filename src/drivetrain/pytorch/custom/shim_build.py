@@ -67,7 +67,7 @@ def ready() -> Path | None:
     return _checked(directory, prefix)
 
 
-def built(*, say: bool = True) -> Path:
+def built() -> Path:
     """A build that can be loaded, made now unless there is one: about half a minute, with a line on
     standard error. Raises CannotBuild."""
     found = ready()
@@ -77,9 +77,12 @@ def built(*, say: bool = True) -> Path:
     directory = _open(make=True)
     assert directory is not None
     name = f"{_name()}-{_of_compiler(compiler)}"
-    with _locked(directory / f".{name}.lock"):
-        found = _checked(directory, name)
-        return _compiled(compiler, directory, name, say) if found is None else found
+    try:
+        with _locked(directory / f".{name}.lock"):
+            found = _checked(directory, name)
+            return _compiled(compiler, directory, name) if found is None else found
+    except OSError as error:
+        raise CannotBuild(f"{directory} cannot hold a build: {error}") from error
 
 
 def check() -> tuple[str, ...]:
@@ -87,8 +90,8 @@ def check() -> tuple[str, ...]:
     compiler = find_compiler()
     if compiler is None:
         raise CannotBuild(
-            "there is no C++ compiler (looked for $CXX, c++, g++ and clang++); install one, as "
-            "with apt-get install g++"
+            "there is no C++ compiler (looked for CXX, or else c++, g++ and clang++, on PATH); "
+            "install one, as with apt-get install g++"
         )
     _check_headers()
     return compiler
@@ -242,14 +245,13 @@ def _command(compiler: tuple[str, ...], target: Path) -> list[str]:
     ]
 
 
-def _compiled(compiler: tuple[str, ...], directory: Path, name: str, say: bool) -> Path:
-    if say:
-        print(
-            f"drivetrain: building the C++ shim for torch {torch.__version__} with {compiler[0]}; "
-            "this happens once and takes about half a minute",
-            file=sys.stderr,
-            flush=True,
-        )
+def _compiled(compiler: tuple[str, ...], directory: Path, name: str) -> Path:
+    print(
+        f"drivetrain: building the C++ shim for torch {torch.__version__} with {compiler[0]}; "
+        "this happens once and takes about half a minute",
+        file=sys.stderr,
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix=f".new-{secrets.token_hex(4)}-", dir=directory) as made:
         target = Path(made) / (MODULE + _SUFFIX)
         _run(_command(compiler, target), "the compiler")
