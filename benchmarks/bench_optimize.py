@@ -4,7 +4,10 @@ Both search in this process, each with a compiler cache of its own that begins e
 winners are measured against each other in interleaved rounds, on inputs that neither has seen. A
 planted wrong step is offered to ``optimize``.
 
-python benchmarks/bench_optimize.py [convnet|transformer] [--small] [--device ADDRESS]
+python benchmarks/bench_optimize.py [convnet|transformer] [--small] [--device ADDRESS] [--untuned]
+
+``--untuned`` leaves the two max-autotune modes out of the exhaustive search, and says so in each
+line: tuning the kernels of the large convnet takes several minutes for each of its eight plans.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -52,7 +56,7 @@ def planted() -> Step:
     return Step.of("planted", change)
 
 
-def plans(subject: Subject, case: Case) -> list[tuple[Step, ...]]:
+def plans(subject: Subject, case: Case, modes: Sequence[str]) -> list[tuple[Step, ...]]:
     """Every combination; bf16 is that of the weights, or autocast where weights lose too much."""
     steps = {step.name: step for step in builtin(subject)}
     half = build(subject, (steps["bf16-weights"],))
@@ -61,9 +65,9 @@ def plans(subject: Subject, case: Case) -> list[tuple[Step, ...]]:
     layout = ["", "channels-last"] if case.images else [""]
     kinds = ATTENTION.get(subject.device.type, ("math",)) if case.attention else ()
     attention = ["", *(f"sdpa-{kind}" for kind in kinds)]
-    modes = ["", *(f"compile-{mode}" for mode in MODES)]
+    execution = ["", *(f"compile-{mode}" for mode in modes)]
     found = []
-    for names in itertools.product(precision, layout, attention, modes):
+    for names in itertools.product(precision, layout, attention, execution):
         plan: tuple[Step, ...] = ()
         for name in filter(None, names):
             plan = with_step(plan, steps[name])
@@ -71,13 +75,13 @@ def plans(subject: Subject, case: Case) -> list[tuple[Step, ...]]:
     return found
 
 
-def exhaustive(subject: Subject, case: Case) -> tuple[Candidate, float, int]:
+def exhaustive(subject: Subject, case: Case, modes: Sequence[str]) -> tuple[Candidate, float, int]:
     """The fastest right combination, the seconds it took to find, and how many were tried."""
     started = time.monotonic()
     eager = build(subject, ())
     best = eager
     best.speedup = 1.0
-    every = plans(subject, case)
+    every = plans(subject, case, modes)
     for plan in every:
         try:
             candidate = build(subject, plan)
@@ -102,7 +106,8 @@ def fresh() -> object:
     return fresh_cache()
 
 
-def measure(case: Case, device: torch.device, report: Report) -> None:
+def measure(case: Case, device: torch.device, report: Report, modes: Sequence[str]) -> None:
+    beside = "" if tuple(modes) == MODES else f"; of the compile modes only {', '.join(modes)}"
     inputs = Arguments.of(case.inputs)
     facts = facts_of(device)
     with fresh():  # the compiler's own start, which neither should pay for
@@ -117,7 +122,7 @@ def measure(case: Case, device: torch.device, report: Report) -> None:
         with flags.kept(device), torch.no_grad():
             subject = Subject(case.model, facts, inputs, None, None)
             with fresh():
-                best, all_s, count = exhaustive(subject, case)
+                best, all_s, count = exhaustive(subject, case, modes)
                 unseen = Subject(case.model, facts, Arguments.of(case.unseen(99)), None, None)
                 our_call = unseen.workload(ours.model, None)
                 their_call = unseen.workload(best.model, None)
@@ -135,7 +140,7 @@ def measure(case: Case, device: torch.device, report: Report) -> None:
             "x",
             found.spread,
             0.03,
-            f"{kept or 'eager'} against {names}",
+            f"{kept or 'eager'} against {names}{beside}",
         )
     )
     report.add(
@@ -144,7 +149,7 @@ def measure(case: Case, device: torch.device, report: Report) -> None:
             ours_s / all_s,
             1 / 3,
             "x",
-            detail=f"{ours_s:.0f} s against {all_s:.0f} s for {count} plans",
+            detail=f"{ours_s:.0f} s against {all_s:.0f} s for {count} plans{beside}",
         )
     )
     report.add(Gate(f"{case.name}: error on unseen inputs", error, TOLERANCE))
@@ -170,11 +175,12 @@ def main() -> int:
     address = words[words.index("--device") + 1] if "--device" in words else ""
     address = address or ("cuda:0" if torch.cuda.is_available() else "cpu")
     device = torch_device(address)
+    modes = [mode for mode in MODES if "--untuned" not in words or "autotune" not in mode]
     large = device.type != "cpu" and "--small" not in words
     for case in cases(large):
         if case.name in words or not {"convnet", "transformer"} & set(words):
             print(f"  {case.name} on {device}", flush=True)
-            measure(case, device, report)
+            measure(case, device, report, modes)
     return report.finish()
 
 

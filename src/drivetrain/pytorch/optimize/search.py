@@ -127,7 +127,7 @@ class Search:
     """Steps that were right and slower -> by which factor."""
     _longest: dict[bool, float] = field(default_factory=dict)
     _close: Candidate | None = None
-    """The last that was right and lost by little."""
+    """The last that was right and lost by little to what is best now."""
 
     def __post_init__(self) -> None:
         self.started = time.monotonic()
@@ -273,11 +273,12 @@ class Search:
                 spent,
             )
         )
+        factor = candidate.speedup / self.best.speedup
         if better:
             self._lost.pop(step.name, None)
+            self._close = self.best if factor < CLOSE and self.best is not self.eager else None
             self.best = candidate
             return candidate
-        factor = candidate.speedup / self.best.speedup
         if factor > 1 / CLOSE:
             self._close = candidate
         if not compiling:
