@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def throw(path: str, dice: random.Random, job: str, *, fds: bool) -> None:
     """Some frames on a new connection, which is then closed or half closed."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(5)
-        sock.connect(path)
+        _connect(sock, path)
         try:
             for _ in range(dice.randrange(1, 4)):
                 data = frame(dice, job)
@@ -143,6 +144,18 @@ def throw(path: str, dice: random.Random, job: str, *, fds: bool) -> None:
                 sock.recv(4096)
         except (BrokenPipeError, ConnectionResetError):
             pass  # it hung up, which is what it should do
+
+
+def _connect(sock: socket.socket, path: str) -> None:
+    """Connect, waiting for a place where a busy process has as many waiting as it lets wait."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            return sock.connect(path)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def bombard(home: Home, count: int, unmoved: Callable[..., dict[str, Any]]) -> None:
