@@ -45,7 +45,8 @@ test-vendors: setup
 	    --no-deps --target $(VENDORS) triton==3.9.0
 	@DRIVETRAIN_TEST_TRITON=$(VENDORS) $(BIN)/python -m pytest tests/hal/language/test_triton.py \
 	    tests/hal/language/test_triton_of_drivers.py \
-	    tests/hal/drivers/test_hip_header.py tests/hal/drivers/test_level_zero_header.py -rs
+	    tests/hal/drivers/test_hip_header.py tests/hal/drivers/test_level_zero_header.py \
+	    tests/hal/telemetry/test_level_zero_metrics.py tests/hal/telemetry/test_rocprofiler.py -rs
 	@$(BIN)/python -m pytest tests/hal/kernels/test_compiled_for_amd.py -m "soak or not soak" -rs
 	@test -e $(VENDORS)/sycl/.ready || { $(BIN)/python -m pip install --quiet \
 	    --disable-pip-version-check --ignore-installed --prefix $(VENDORS)/sycl dpctl==0.22.1 \

@@ -1,7 +1,8 @@
 """The process in which a driver may hang or crash.
 
 ``python -m drivetrain.hal.child ACTION DRIVER [FACTS]``. Actions: ``discover``, ``examine``;
-``telemetry`` and ``probe`` with a device's facts as JSON.
+``telemetry`` and ``probe`` with a device's facts as JSON; ``counters`` with a vendor for the driver
+and a PCI address.
 It writes one line of JSON to standard output: ``{"ok": ...}`` or
 ``{"missing" | "failed": message, "code": word}``. What a vendor's library prints goes to standard
 error.
@@ -118,7 +119,12 @@ def main(arguments: list[str]) -> NoReturn:
     answer: dict[str, Any]
     try:
         _inject(name, pipe)
-        answer = {"ok": _act(action, load(name), rest[0] if rest else "")}
+        if action == "counters":
+            from drivetrain.hal.telemetry import counters
+
+            answer = {"ok": counters.in_child(name, *rest)}
+        else:
+            answer = {"ok": _act(action, load(name), rest[0] if rest else "")}
     except DriverMissing as error:
         answer = {"missing": str(error), "code": error.code}
     except HalError as error:

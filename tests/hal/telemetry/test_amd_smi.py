@@ -61,6 +61,16 @@ class FakeSmi(types.ModuleType):
     def amdsmi_get_violation_status(self, handle: str) -> dict[str, Any]:
         return {"active_ppt_pwr": True, "active_socket_thrm": False, "active_vr_thrm": "N/A"}
 
+    looks = 0
+
+    def amdsmi_get_gpu_metrics_info(self, handle: str) -> dict[str, Any]:
+        FakeSmi.looks += 1
+        return {
+            "average_mm_activity": 40, "pcie_bandwidth_inst": 12,
+            "xgmi_read_data_acc": [10**9 * self.looks, 10**9 * self.looks, "N/A"],
+            "xgmi_write_data_acc": ["N/A"] * 3,
+        }  # fmt: skip
+
     def amdsmi_get_temp_metric(self, handle: str, sensor: int, metric: int) -> int:
         if sensor == 3:
             raise RuntimeError("AMDSMI_STATUS_NOT_SUPPORTED")
@@ -89,7 +99,9 @@ def test_amd_smi_is_read_where_it_works(tmp_path: Path, monkeypatch: pytest.Monk
     assert (now.temperature_c, now.memory_temperature_c) == (71.0, None)
     assert (now.clock_mhz, now.memory_clock_mhz) == (2100.0, None)
     assert (now.ecc_corrected, now.ecc_uncorrected, now.throttle) == (3, 1, ("power_cap",))
-    assert dict(now.vendor_specific) == {"memory_busy_ratio": 0.3}
+    more = dict(now.vendor_specific)
+    assert more.pop("xgmi_read_gbps") > 0
+    assert more == {"memory_busy_ratio": 0.3, "media_busy_ratio": 0.4, "pcie_gbps": 12.0}
     assert [reason.kind for reason in verdict(now).reasons] == ["ecc", "throttling"]
 
 

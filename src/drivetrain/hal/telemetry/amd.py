@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from drivetrain.hal.telemetry import Telemetry, sysfs
+from drivetrain.hal.telemetry import Telemetry, counters, sysfs
 from drivetrain.hal.telemetry.health import uncorrected
 
 _THROTTLE = {
@@ -34,8 +34,9 @@ def read(pci: str, *, root: Path = sysfs.ROOT) -> Telemetry:
     """One reading of the AMD GPU at this PCI address. Never raises; absent sensors are None."""
     if root == sysfs.ROOT:
         found = _through_smi(pci)
-        if found is not None:
-            return found
+        if found is None:
+            found = from_sysfs(pci, root)
+        return counters.added(found, "amd", pci)
     return from_sysfs(pci, root)
 
 
@@ -221,7 +222,6 @@ def from_smi(module: Any, handle: Any) -> Telemetry:
     limit = _a(power, "power_limit")
     share = _a(busy, "gfx_activity")
     wrong = _whole(_a(errors, "uncorrectable_count"))
-    memory_busy = _a(busy, "umc_activity")
     return Telemetry(
         utilisation=None if share is None else min(1.0, share / 100),
         memory_used_bytes=_whole(_a(memory, "vram_used"), 1 << 20),
@@ -238,10 +238,43 @@ def from_smi(module: Any, handle: Any) -> Telemetry:
         ecc_uncorrected=wrong,
         health=f"degraded: {uncorrected(wrong)}" if wrong else "ok",
         at=time.time(),
-        vendor_specific=()
-        if memory_busy is None
-        else (("memory_busy_ratio", min(1.0, memory_busy / 100)),),
+        vendor_specific=_use(module, handle, busy),
     )
+
+
+_rates = sysfs.Rates()
+
+
+def _use(module: Any, handle: Any, busy: Any) -> tuple[tuple[str, float], ...]:
+    """How busy the memory and the media engine are, and what goes over the links (GB/s)."""
+    table = _asked(lambda: module.amdsmi_get_gpu_metrics_info(handle))
+    memory, media = _a(busy, "umc_activity"), _a(table, "average_mm_activity")
+    found = {
+        "memory_busy_ratio": None if memory is None else min(1.0, memory / 100),
+        "media_busy_ratio": None if media is None else min(1.0, media / 100),
+        "pcie_gbps": _a(table, "pcie_bandwidth_inst"),
+    }
+    if _links("", table):
+        card = str(_asked(module.amdsmi_get_gpu_device_bdf, handle))
+        rates = _rates.over(
+            lambda: _links(card, _asked(module.amdsmi_get_gpu_metrics_info, handle))
+        )
+        found |= {name: rate for (_, name), rate in rates.items()}
+    return tuple((name, value) for name, value in found.items() if value is not None)
+
+
+def _links(card: str, table: Any) -> sysfs.Counters:
+    """GB that went over all XGMI links, with the time; nothing on a card without."""
+    found: sysfs.Counters = {}
+    for name, key in (
+        ("xgmi_read_gbps", "xgmi_read_data_acc"),
+        ("xgmi_write_gbps", "xgmi_write_data_acc"),
+    ):
+        sizes = table.get(key) if isinstance(table, dict) else None
+        told = [each for each in sizes or () if isinstance(each, int)]
+        if any(told):
+            found[card, name] = (sum(told) / 1e6, time.monotonic())  # they are in KB
+    return found
 
 
 def _heat(module: Any, handle: Any, *sensors: str) -> float | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from drivetrain.hal.telemetry import Telemetry, sysfs, sysman
+from drivetrain.hal.telemetry import Telemetry, counters, sysfs, sysman
 
 _THROTTLE = {
     "pl1": "power_cap",
@@ -43,8 +43,9 @@ def read(pci: str, *, root: Path = sysfs.ROOT) -> Telemetry:
     """One reading of the Intel GPU at this PCI address. Never raises; absent sensors are None."""
     if root == sysfs.ROOT:
         found = sysman.read(pci)
-        if found is not None:
-            return found
+        if found is None:
+            found = from_sysfs(pci, root)
+        return counters.added(found, "intel", pci)
     return from_sysfs(pci, root)
 
 
