@@ -1,5 +1,5 @@
-"""The kit as a command on the cuda, hip and level_zero drivers, over fake libraries that variables
-select."""
+"""The kit as a command on the cuda, hip, level_zero and sycl drivers, over fake libraries that
+variables select."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ FAKES = {
     "cuda": ("DRIVETRAIN_CUDA_LIBRARY", "fake_cuda.c"),
     "hip": ("DRIVETRAIN_HIP_LIBRARY", "fake_hip.c"),
     "level_zero": ("DRIVETRAIN_LEVEL_ZERO_LIBRARY", "fake_ze.c"),
+    "sycl": ("DRIVETRAIN_SYCL_LIBRARY", "fake_sycl.c"),
 }
 GROUPS = {
     "cuda": {"compute", "graphs", "managed", "peer", "pinned", "timing"},
     "hip": {"compute", "graphs", "managed", "peer", "pinned", "timing"},
     "level_zero": {"managed", "pinned", "timing"},
+    "sycl": {"managed", "pinned", "timing"},
 }
 
 
@@ -66,6 +68,7 @@ def wrong(report: dict[str, Any]) -> list[str]:
         ("cuda", ["events", "kernels.dynamic_shared"]),
         ("hip", ["events", "kernels.dynamic_shared"]),
         ("level_zero", ["copies"]),
+        ("sycl", ["copies"]),
     ],
 )
 def test_the_kit_passes_on_the_fake_and_calls_it_one(

@@ -32,7 +32,7 @@ ROOT = Path("/")
 # --- discovery -----------------------------------------------------------------------------------
 
 
-def _on_the_bus(root: Path) -> bool:
+def _intel_on_the_bus(root: Path) -> bool:
     """A GPU or accelerator of Intel's that no driver needs to be loaded for to be seen."""
     for device in (root / "sys/bus/pci/devices").glob("*"):
         try:
@@ -57,7 +57,7 @@ def absent(root: Path = ROOT) -> str:
     if os.environ.get("ZE_ENABLE_ALT_DRIVERS"):
         return ""
     if not level_zero_api.find(level_zero_api.DRIVERS, root):
-        if _on_the_bus(root):
+        if _intel_on_the_bus(root):
             return (
                 "an Intel GPU is on the PCI bus and the Level Zero loader is installed, but no "
                 "driver for it (libze_intel_gpu.so.1)"
@@ -67,6 +67,11 @@ def absent(root: Path = ROOT) -> str:
     if not nodes and not (root / "dev/dxg").exists():
         return "Level Zero is installed, but there is no device (no /dev/dri/renderD*)"
     return ""
+
+
+def on_the_bus(pci: str) -> str:
+    """A place on the bus as the loader tells it, where the machine has it; else empty."""
+    return pci if pci and (ROOT / "sys/bus/pci/devices" / pci).exists() else ""
 
 
 def discover() -> tuple[DeviceInfo, ...]:
@@ -85,7 +90,7 @@ def discover() -> tuple[DeviceInfo, ...]:
 
     def described(index: int, each: Seen) -> DeviceInfo:
         facts = each.facts
-        pci = each.pci if (ROOT / "sys/bus/pci/devices" / each.pci).exists() and each.pci else ""
+        pci = on_the_bus(each.pci)
         slices = facts.numSlices * facts.numSubslicesPerSlice
         integrated = bool(facts.flags & level_zero_api.Ze.DEVICE_PROPERTY_FLAG_INTEGRATED)
         return DeviceInfo(

@@ -242,7 +242,7 @@ class Api:
 
     def text(self, function: Any, handle: int) -> str:
         """What a function tells in words; empty for nothing."""
-        found = function(handle)
+        found = function(handle) if handle else None
         if not found:
             return ""
         words = ctypes.string_at(found).decode(errors="replace")

@@ -26,6 +26,9 @@ class SyclBackend:
         self.address = f"{NAME}:{info.index}"
         devices = seen(api)
         here = next((each for each in devices if each.uuid == info.uuid), None)
+        for each in devices:
+            if each is not here:
+                each.delete()
         if here is None:
             names = ", ".join(each.name for each in devices) or "no device"
             raise HalError(
@@ -36,20 +39,20 @@ class SyclBackend:
                 op="open",
                 device=self.address,
             )
+        self.groups, self.limits = _groups(here), _limits(here)
+        total = api.DPCTLDevice_GetGlobalMemSize(here.handle)
         self._context = context = Context(api, here.handle, self.address)
+        self._streams = streams = Streams(context, timing="timing" in self.groups)
         try:
-            self.groups = _groups(here)
-            self._streams = streams = Streams(context, timing="timing" in self.groups)
             if "timing" in self.groups and not streams.tells_time():
                 self.groups -= {"timing"}
-            total = api.DPCTLDevice_GetGlobalMemSize(here.handle)
-            shares = bool(info.memory_domain)
-            self._memory = memory = Memory(context, streams, total, shares_host=shares)
         except BaseException:
+            streams.close()
             context.release()
             raise
+        shares = bool(info.memory_domain)
+        self._memory = memory = Memory(context, streams, total, shares_host=shares)
         self.alignment = ALIGNMENT
-        self.limits = _limits(here)
         self.target = Target(NAME, version=here.driver_version)
         self._programs = None
         if here.cl is not None:

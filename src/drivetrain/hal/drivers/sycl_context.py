@@ -18,16 +18,22 @@ _tell = ErrorHandler(_told.append)
 
 
 class Context:
-    """One device; every call for it goes through here."""
+    """One device, which it takes for its own; every call for it goes through here."""
 
     def __init__(self, api: Api, device: int, address: str) -> None:
         self.api, self.device, self.address = api, device, address
         self.lock = threading.RLock()  # a finaliser may come in between
         self.free_and_total: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self.closed = False
-        self.handle = self.made(api.DPCTLContext_Create, device, _tell, 0)
-        self.home = self.queue(timing=False)
+        self.handle = 0
+        self.home = 0
         """A queue for calls that name a device by one."""
+        try:
+            self.handle = self.made(api.DPCTLContext_Create, device, _tell, 0)
+            self.home = self.queue(timing=False)
+        except HalError:
+            self.release()
+            raise
 
     def check(self, op: str) -> None:
         if self.closed:
@@ -101,6 +107,10 @@ class Context:
     def release(self, *, keep: bool = False) -> None:
         """Let go of the context, or with ``keep`` leave it to SYCL. Later calls raise."""
         self.closed = True
-        if not keep:
+        if keep:
+            return
+        if self.home:
             self.api.DPCTLQueue_Delete(self.home)
+        if self.handle:
             self.api.DPCTLContext_Delete(self.handle)
+        self.api.DPCTLDevice_Delete(self.device)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from drivetrain.errors import HalError
 from drivetrain.hal.drivers import level_zero_api, opencl_api, opencl_platforms
 from drivetrain.hal.drivers import opencl_loader as loader
+from drivetrain.hal.drivers.level_zero import on_the_bus
 from drivetrain.hal.drivers.level_zero_api import Ze
 from drivetrain.hal.drivers.level_zero_backend import Seen as ZeDevice
 from drivetrain.hal.drivers.level_zero_backend import seen as level_zero_devices
@@ -52,7 +53,13 @@ class Seen:
 
     @property
     def pci(self) -> str:
-        return self.cl.pci if self.cl is not None else self.ze.pci if self.ze is not None else ""
+        if self.cl is not None:
+            return self.cl.pci
+        return on_the_bus(self.ze.pci) if self.ze is not None else ""
+
+    def delete(self) -> None:
+        """Let go of SYCL's own handle."""
+        self.api.DPCTLDevice_Delete(self.handle)
 
     @property
     def shares_host(self) -> bool:
@@ -76,7 +83,10 @@ def seen(api: Api) -> list[Seen]:
     ze = _level_zero() if any(each.backend == "level_zero" for each in listed) else []
     found = [_joined(each, listed, cl, ze) for each in listed]
     places = {each.pci[-12:] for each in found if each.backend == "opencl" and each.pci}
-    return [each for each in found if not (each.backend != "opencl" and each.pci[-12:] in places)]
+    twice = [each for each in found if each.backend != "opencl" and each.pci[-12:] in places]
+    for each in twice:
+        each.delete()
+    return [each for each in found if each not in twice]
 
 
 def _opencl() -> list[Found]:
@@ -116,7 +126,8 @@ def _listed(api: Api) -> list[Seen]:
             has_usm=bool(api.DPCTLDevice_HasAspect(handle, Aspect.usm_device_allocations)),
             ordinal=0,
         )
-        api.DPCTLPlatform_Delete(platform)
+        if platform:
+            api.DPCTLPlatform_Delete(platform)
         same = [o for o in found if _alike(o, each)]
         found.append(replace(each, ordinal=len(same)))
     api.DPCTLDeviceVector_Delete(vector)

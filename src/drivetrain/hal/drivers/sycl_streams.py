@@ -194,7 +194,10 @@ class Streams:
                     raise self._context.error(
                         "invalid", "event_seconds", "both events must be timed, recorded and done"
                     )
-                times.append(self._api.DPCTLEvent_GetProfilingInfoEnd(found))
+                time = self._api.DPCTLEvent_GetProfilingInfoEnd(found)
+                if not time:
+                    raise self._context.failure("DPCTLEvent_GetProfilingInfoEnd", "it has no time")
+                times.append(time)
         return float(times[1] - times[0]) * 1e-9
 
     def tells_time(self) -> bool:
@@ -226,6 +229,7 @@ class Streams:
             self.event_destroy(event)
         for stream in list(self._lines):
             self.stream_destroy(stream)
+        wait_until(self._end_lines, 1.0)
         for queue in self._spare:
             self._api.DPCTLQueue_Delete(queue)
         self._spare = []
