@@ -157,6 +157,17 @@ def _kind() -> Any:
             parts = list(output.view(self.count, -1).unbind(0))
             return self.allgather([parts], [given.reshape(-1)])
 
+        def allgather_into_tensor_coalesced(
+            self, outputs: Any, inputs: Any, opts: Any = None
+        ) -> Any:
+            for output, given in zip(outputs, inputs, strict=True):
+                self._allgather_base(output, given, opts)
+            return Done(outputs)
+
+        # Their names from torch 2.13 on.
+        all_gather_single = _allgather_base
+        all_gather_single_coalesced = allgather_into_tensor_coalesced
+
         def reduce_scatter(self, outputs: Any, inputs: Any, opts: Any = None) -> Any:
             operation: Any = dist.ReduceOp.SUM if opts is None else opts.reduceOp
             if self._ours((*outputs, *inputs)):
@@ -170,6 +181,20 @@ def _kind() -> Any:
                     self.gloo.allreduce([host], each_opts).wait()
                 output.copy_(hosts[self.rank()])
             return Done(outputs)
+
+        def _reduce_scatter_base(self, output: Tensor, given: Tensor, opts: Any = None) -> Any:
+            parts = list(given.reshape(self.count, -1).unbind(0))
+            return self.reduce_scatter([output.view(-1)], [parts], opts)
+
+        def reduce_scatter_tensor_coalesced(
+            self, outputs: Any, inputs: Any, opts: Any = None
+        ) -> Any:
+            for output, given in zip(outputs, inputs, strict=True):
+                self._reduce_scatter_base(output, given, opts)
+            return Done(outputs)
+
+        reduce_scatter_single = _reduce_scatter_base
+        reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
 
         def barrier(self, opts: Any = None) -> Any:
             if self.own is not None:
