@@ -49,6 +49,13 @@ class Plugin:
 
 
 ODD = {
+    "oddabsent": Plugin(
+        "DRIVER = driver('oddabsent', absent=lambda: 'no odd chip on the bus', "
+        "install='apt install odd-dkms')",
+        "absent",
+        "no odd chip on the bus",
+        "apt install odd-dkms",
+    ),
     "oddabort": Plugin("import os; os.abort()", "broken", "SIGABRT", "reinstall oddabort 1.0"),
     "oddexit": Plugin("import sys; sys.exit(3)", "broken", "exit code 3", "reinstall oddexit 1.0"),
     "oddgone": Plugin(
@@ -272,6 +279,7 @@ def test_rocm_and_level_zero_without_a_gpu_are_absent_with_the_reason(
     assert seen.doctor_code == 0
 
 
+@pytest.mark.soak
 def test_libraries_that_are_asked_and_find_no_device_are_absent(
     no_gpu: None, tmp_path: Path, look: Callable[..., Seen]
 ) -> None:

@@ -4,8 +4,8 @@
 ``telemetry`` and ``probe`` with a device's facts as JSON; ``counters`` with a vendor for the driver
 and a PCI address.
 It writes one line of JSON to standard output: ``{"ok": ...}`` or
-``{"missing" | "failed": message, "code": word}``. What a vendor's library prints goes to standard
-error.
+``{"missing" | "failed": message, "code": word}``, with ``"install"``, what to install, behind
+``"missing"``. What a vendor's library prints goes to standard error.
 """
 
 from __future__ import annotations
@@ -117,6 +117,7 @@ def main(arguments: list[str]) -> NoReturn:
     pipe = own_output()
     settle()
     answer: dict[str, Any]
+    install = ""
     try:
         _inject(name, pipe)
         if action == "counters":
@@ -124,9 +125,11 @@ def main(arguments: list[str]) -> NoReturn:
 
             answer = {"ok": counters.in_child(name, *rest)}
         else:
-            answer = {"ok": _act(action, load(name), rest[0] if rest else "")}
+            driver = load(name)
+            install = driver.install
+            answer = {"ok": _act(action, driver, rest[0] if rest else "")}
     except DriverMissing as error:
-        answer = {"missing": str(error), "code": error.code}
+        answer = {"missing": str(error), "code": error.code, "install": str(install)}
     except HalError as error:
         answer = {"failed": str(error), "code": error.code}
     except Exception as error:  # The border of the process: a driver's bug is its reason.

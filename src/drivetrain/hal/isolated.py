@@ -42,6 +42,7 @@ class Answer:
 
     kind: str
     value: Any = None
+    """What was asked for; of ``missing``, what to install."""
     reason: str = ""
     code: str = ""
     seconds: float = 0.0
@@ -152,7 +153,8 @@ def _parsed(line: bytes, seconds: float) -> Answer:
     if isinstance(found, dict):
         for kind in ("missing", "failed"):
             if isinstance(found.get(kind), str):
-                return Answer(kind, None, found[kind], str(found.get("code", "")), seconds)
+                install = str(found.get("install", "")) if kind == "missing" else None
+                return Answer(kind, install, found[kind], str(found.get("code", "")), seconds)
     return Answer("garbage", None, "it answered with something unreadable", "garbage", seconds)
 
 

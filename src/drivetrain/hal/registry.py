@@ -183,7 +183,8 @@ def _answered(
 ) -> tuple[DriverInfo, tuple[DeviceInfo, ...]]:
     state = replace(state, seconds=answer.seconds)
     if answer.kind == "missing":
-        return replace(state, state="absent", reason=answer.reason), ()
+        install = state.install or answer.value
+        return replace(state, state="absent", reason=answer.reason, install=install), ()
     if answer.kind != "ok":
         return replace(state, state="broken", reason=answer.reason), ()
     try:

@@ -148,9 +148,14 @@ def test_counters_are_read_in_a_child_when_they_are_asked_for(machine: Machine) 
     "fault",
     [
         {"FAKE_ZET_FAULT": "hang"},
-        {"FAKE_ZET_FAULT": "zetMetricStreamerOpen"},
-        {"FAKE_ZE_NO_DRIVER": "1"},
-        {"DRIVETRAIN_LEVEL_ZERO_LIBRARY": "/nowhere/libze_loader.so.1"},
+        *(
+            pytest.param(each, marks=pytest.mark.soak)
+            for each in (
+                {"FAKE_ZET_FAULT": "zetMetricStreamerOpen"},
+                {"FAKE_ZE_NO_DRIVER": "1"},
+                {"DRIVETRAIN_LEVEL_ZERO_LIBRARY": "/nowhere/libze_loader.so.1"},
+            )
+        ),
     ],
 )
 def test_what_cannot_be_counted_is_absent_without_a_word(
@@ -163,11 +168,19 @@ def test_what_cannot_be_counted_is_absent_without_a_word(
     ("fault", "said"),
     [
         ({}, str(COUNTED)),
-        ({"FAKE_ZET_EMPTY": "1"}, "{}"),
         ({"FAKE_ZET_FAULT": "zetMetricStreamerReadData"}, "zetMetricStreamerReadData failed: ZE_"),
-        ({"FAKE_ZET_FAULT": "zetMetricStreamerOpen"}, "zetMetricStreamerOpen failed"),
-        ({"FAKE_ZET_FAULT": "zetMetricGroupCalculateMetricValues"}, "CalculateMetricValues failed"),
-        ({"ZET_ENABLE_METRICS": "0"}, "zetMetricGroupGet failed"),
+        *(
+            pytest.param(*each, marks=pytest.mark.soak)
+            for each in (
+                ({"FAKE_ZET_EMPTY": "1"}, "{}"),
+                ({"FAKE_ZET_FAULT": "zetMetricStreamerOpen"}, "zetMetricStreamerOpen failed"),
+                (
+                    {"FAKE_ZET_FAULT": "zetMetricGroupCalculateMetricValues"},
+                    "CalculateMetricValues failed",
+                ),
+                ({"ZET_ENABLE_METRICS": "0"}, "zetMetricGroupGet failed"),
+            )
+        ),
     ],
 )
 def test_the_hardware_is_given_back_whatever_fails(

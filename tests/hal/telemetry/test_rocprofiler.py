@@ -119,7 +119,11 @@ def test_hardware_that_counts_one_thing_at_a_time_is_asked_one_by_one(run: Run) 
 
 
 @pytest.mark.parametrize(
-    "fault", [{"FAKE_ROCP_FAULT": "rocprofiler_force_configure"}, {"ROCM_PATH": "/nowhere"}]
+    "fault",
+    [
+        {"FAKE_ROCP_FAULT": "rocprofiler_force_configure"},
+        pytest.param({"ROCM_PATH": "/nowhere"}, marks=pytest.mark.soak),
+    ],
 )
 def test_what_cannot_be_counted_is_absent_without_a_word(run: Run, fault: dict[str, str]) -> None:
     assert run(ADDED, DRIVETRAIN_COUNTERS="1", **fault) == "{'fan_rpm': 9.0}"
@@ -129,9 +133,14 @@ def test_what_cannot_be_counted_is_absent_without_a_word(run: Run, fault: dict[s
     ("fault", "said"),
     [
         ({"FAKE_ROCP_FAULT": "rocprofiler_create_context"}, "create_context failed: 1"),
-        ({"FAKE_ROCP_FAULT": "rocprofiler_query_available_agents"}, "available_agents failed"),
-        ({"FAKE_ROCP_FAULT": "hsa_init"}, "hsa_init failed"),
-        ({"FAKE_ROCP_FAULT": "rocprofiler_create_counter_config"}, "{}"),
+        pytest.param(
+            *({"FAKE_ROCP_FAULT": "rocprofiler_query_available_agents"}, "agents failed"),
+            marks=pytest.mark.soak,
+        ),
+        pytest.param({"FAKE_ROCP_FAULT": "hsa_init"}, "hsa_init failed", marks=pytest.mark.soak),
+        pytest.param(
+            {"FAKE_ROCP_FAULT": "rocprofiler_create_counter_config"}, "{}", marks=pytest.mark.soak
+        ),
         ({"FAKE_ROCP_FAULT": "rocprofiler_sample_device_counting_service"}, "{}"),
         ({"FAKE_ROCP_VERSION": "500"}, "rocprofiler-sdk 500 is too old"),
     ],
