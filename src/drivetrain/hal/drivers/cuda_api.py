@@ -491,10 +491,9 @@ class Api:
         shared: int = 0,
         arguments: int = 0,
     ) -> Any:
-        """A kernel's launch as a node of a graph has it, in the form that the library takes."""
-        newer = self.symbols.get("cuGraphExecKernelNodeSetParams", "").endswith("_v2")
-        form = KernelNode2 if newer else KernelNode1
-        return form(function, *grid, *block, shared, arguments or None)
+        """A kernel's launch as a node of a graph has it: the newer form, which begins with the
+        older one, so that either version of a function finds its own."""
+        return KernelNode2(function, *grid, *block, shared, arguments or None)
 
     def in_host_memory(self, code: Callable[..., int], ptr: int) -> bool | None:
         """True: pinned, False: a device's or managed, None: pageable. ``code`` makes the call."""

@@ -25,6 +25,7 @@ from drivetrain.hal.drivers.cuda_context import Context
 from drivetrain.hal.drivers.cuda_graphs import Graphs
 from drivetrain.hal.drivers.cuda_memory import Memory
 from drivetrain.hal.drivers.cuda_streams import Streams
+from drivetrain.hal.drivers.giving_back import GivingBack
 
 ALIGNMENT = 256
 """Bytes; what every allocator of the driver keeps to."""
@@ -223,21 +224,22 @@ class CudaBackend:
     # -- life ------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        context = self._context
+        context, give = self._context, GivingBack()
         if context.closed:
             return
         try:
             if not context.lost:
-                self._graphs.give_up_captures()
+                give(self._graphs.give_up_captures)
             # What is left when the work does not end is the driver's, until the process ends.
-            if not context.lost and self.synchronize(_CLOSE_WAIT_S):
-                self._graphs.close()
+            if not context.lost and self._streams.are_done(_CLOSE_WAIT_S, give):
+                give(self._graphs.close)
                 for module in list(self._modules):
-                    self.module_unload(module)
-                self._memory.close()
-                self._streams.close()
+                    give(self.module_unload, module)
+                give(self._memory.close)
+                give(self._streams.close)
         finally:
-            context.release()
+            give(context.release)
+        give.end()
 
     def in_context(self, function: Any, *arguments: Any) -> int:
         """Call a function of a library that works in the current context, as cuBLAS does."""

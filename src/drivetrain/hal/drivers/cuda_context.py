@@ -68,12 +68,12 @@ class Current(Protocol):
         """The result of a call for the device; what the thread had is found as it was. Raises
         `Refused` when the device could not be made current."""
 
-    def release(self) -> int:
-        """Let go of it; a result."""
+    def release(self) -> None:
+        """Let go of it. Raises `Refused`."""
 
 
 class Refused(Exception):
-    """A call that makes the device current failed."""
+    """A call that makes the device current, or lets go of it, failed."""
 
     def __init__(self, op: str, code: int) -> None:
         super().__init__(op, code)
@@ -124,8 +124,8 @@ class Primary:
         if code:
             raise Refused(function.__name__, code)
 
-    def release(self) -> int:
-        return int(self._api.cuDevicePrimaryCtxRelease(self._device))
+    def release(self) -> None:
+        self._must(self._api.cuDevicePrimaryCtxRelease, self._device)
 
 
 class Context:
@@ -289,6 +289,8 @@ class Context:
         """Let go of the context. Every later call raises."""
         lost, self.closed = self.lost, True
         self._over = lambda op: self.error("closed", op, "the device was closed; open it again")
-        code = self._current.release()
-        if code and not lost and code != Code.ERROR_DEINITIALIZED:
-            raise self.failure("cuDevicePrimaryCtxRelease", code)
+        try:
+            self._current.release()
+        except Refused as error:
+            if not lost and error.code != Code.ERROR_DEINITIALIZED:
+                raise self.failure(error.op, error.code) from None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from drivetrain.errors import HalError
 from drivetrain.hal.drivers.cuda_api import Code, Cu
 from drivetrain.hal.drivers.cuda_context import STICKY, Context
+from drivetrain.hal.drivers.giving_back import GivingBack
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Graphs:
         box = ctypes.c_void_p()
         try:
             code = context.code(api.cuStreamEndCapture, stream, ctypes.byref(box))
+            if code in STICKY:
+                raise context.failure(api.cuStreamEndCapture.__name__, code)
             if code and not context.lost and context.capturing(stream):  # it ended nothing
                 context.code(api.cuStreamEndCapture, stream, ctypes.byref(box))
         finally:
@@ -216,5 +219,7 @@ class Graphs:
                 pass
 
     def close(self) -> None:
+        give = GivingBack()
         for graph in list(self._graphs):
-            self.destroy(graph)
+            give(self.destroy, graph)
+        give.end()

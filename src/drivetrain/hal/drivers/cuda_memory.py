@@ -10,6 +10,7 @@ from typing import Any
 from drivetrain.errors import HalError, OutOfMemory, Timeout
 from drivetrain.hal.drivers.cuda_api import Cu, MemAccessDesc
 from drivetrain.hal.drivers.cuda_context import Context
+from drivetrain.hal.drivers.giving_back import GivingBack
 from drivetrain.hal.kinds import Kind, Way
 
 _KEPT_SHARE = 8
@@ -219,14 +220,19 @@ class Memory:
             left += [(ptr, kind) for _, ptr, kind in self._waiting + self._after_capture]
             events = self._events + [event for event, _, _ in self._waiting]
             self._live, self._waiting, self._after_capture, self._events = {}, [], [], []
+        give = GivingBack()
         for ptr, kind in left:
-            self._release(ptr, kind)
+            give(self._release, ptr, kind)
         for event in events:
-            self._context.call(self._api.cuEventDestroy, event)
+            give(self._context.call, self._api.cuEventDestroy, event)
         if self.pool:
-            if self._raised and self._pool_threshold() == self._raised:  # nobody else set it
-                self._set_pool_threshold(self._threshold)
-            self._context.call(self._api.cuMemPoolTrimTo, self.pool, 0)
+            give(self._lower_threshold)
+            give(self._context.call, self._api.cuMemPoolTrimTo, self.pool, 0)
+        give.end()
+
+    def _lower_threshold(self) -> None:
+        if self._raised and self._pool_threshold() == self._raised:  # nobody else set it
+            self._set_pool_threshold(self._threshold)
 
     # -- host memory of others ---------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from functools import partial
 from drivetrain.errors import HalError
 from drivetrain.hal.drivers.cuda_api import Cu
 from drivetrain.hal.drivers.cuda_context import Context
+from drivetrain.hal.drivers.giving_back import GivingBack
 
 
 class Streams:
@@ -28,10 +29,23 @@ class Streams:
 
     def close(self) -> None:
         """Let go of all that is left; nothing is running on the device any more."""
+        give = GivingBack()
         for event in list(self._events):
-            self.event_destroy(event)
+            give(self.event_destroy, event)
         for stream in list(self._context.streams):
-            self.stream_destroy(stream)
+            give(self.stream_destroy, stream)
+        give.end()
+
+    def are_done(self, timeout_s: float, give: GivingBack) -> bool:
+        """Whether all work of the device ended; where that cannot be asked for at once, of each
+        stream made here."""
+        done: list[bool] = []
+        give(lambda: done.append(self.synchronize(timeout_s)))
+        if not done and not self._context.lost:
+            streams = list(self._context.streams)
+            wait = self._context.wait_stream
+            give(lambda: done.append(all(wait(stream, timeout_s) for stream in streams)))
+        return done == [True]
 
     def synchronize(self, timeout_s: float) -> bool:
         context, api = self._context, self._api

@@ -23,6 +23,7 @@ from drivetrain.hal.drivers.cuda_context import Context, Refused
 from drivetrain.hal.drivers.cuda_graphs import Graphs
 from drivetrain.hal.drivers.cuda_memory import Memory
 from drivetrain.hal.drivers.cuda_streams import Streams
+from drivetrain.hal.drivers.giving_back import GivingBack
 from drivetrain.hal.drivers.hip import GROUPS
 from drivetrain.hal.drivers.hip_api import NAME, Hip, HipApi, Uuid, load
 
@@ -154,8 +155,8 @@ class Selected:
             if before != self._device:
                 self._api.cudaSetDevice(before)
 
-    def release(self) -> int:
-        return Code.SUCCESS
+    def release(self) -> None:
+        """HIP's primary context is nobody's to give back."""
 
 
 def _address(function: Any) -> int:
@@ -251,21 +252,22 @@ class HipBackend:
     # -- life ------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        context = self._context
+        context, give = self._context, GivingBack()
         if context.closed:
             return
         try:
             if not context.lost:
-                self._graphs.give_up_captures()
+                give(self._graphs.give_up_captures)
             # What is left when the work does not end is the driver's, until the process ends.
-            if not context.lost and self.synchronize(_CLOSE_WAIT_S):
-                self._graphs.close()
+            if not context.lost and self._streams.are_done(_CLOSE_WAIT_S, give):
+                give(self._graphs.close)
                 for module in list(self._modules):
-                    self.module_unload(module)
-                self._memory.close()
-                self._streams.close()
+                    give(self.module_unload, module)
+                give(self._memory.close)
+                give(self._streams.close)
         finally:
-            context.release()
+            give(context.release)
+        give.end()
 
     def in_context(self, function: Any, *arguments: Any) -> int:
         """Call a function of a library that works on the selected device, as hipBLAS does."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from functools import partial
 
 from drivetrain.errors import DriverMissing, HalError
 from drivetrain.hal.driver import Calls, DeviceInfo, Limits, Target
+from drivetrain.hal.drivers.giving_back import GivingBack
 from drivetrain.hal.drivers.level_zero import GROUPS
 from drivetrain.hal.drivers.level_zero_api import (
     NAME,
@@ -199,18 +201,21 @@ class LevelZeroBackend:
         return frozenset(lacking)
 
     def close(self) -> None:
-        context = self._context
+        context, give = self._context, GivingBack()
         if context.closed:
             return
-        done = False
+        done: list[bool] = []
         try:
+            for _ in range(2):  # once more, if it could not be asked
+                if not done and not context.lost:
+                    give(lambda: done.append(self.synchronize(_CLOSE_WAIT_S)))
             # What is left when the work does not end is the driver's, until the process ends.
-            if not context.lost and self.synchronize(_CLOSE_WAIT_S):
-                self._memory.close()
-                self._streams.close()
-                done = True
+            if done == [True]:
+                give(self._memory.close)
+                give(self._streams.close)
         finally:
-            context.release(keep=not done)
+            give(partial(context.release, keep=done != [True]))
+        give.end()
 
     def memory(self) -> tuple[int, int]:
         if self._context.lost:

@@ -6,6 +6,7 @@ import ctypes
 from typing import Any
 
 from drivetrain.errors import HalError, OutOfMemory, Timeout
+from drivetrain.hal.drivers.giving_back import GivingBack
 from drivetrain.hal.drivers.level_zero_api import NAME, DeviceMemDesc, HostMemDesc, Ze
 from drivetrain.hal.drivers.level_zero_context import Context
 from drivetrain.hal.drivers.level_zero_streams import Signal, Streams
@@ -116,8 +117,10 @@ class Memory:
         for signal, _ in self._waiting:
             self._streams.signals.let(signal)
         self._waiting = []
+        give = GivingBack()
         for ptr in list(self._live):
-            self._release(ptr)
+            give(self._release, ptr)
+        give.end()
 
     # -- copy and fill ---------------------------------------------------------------------------
 

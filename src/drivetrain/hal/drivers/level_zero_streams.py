@@ -15,6 +15,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from drivetrain.errors import HalError
+from drivetrain.hal.drivers.giving_back import GivingBack
 from drivetrain.hal.drivers.level_zero_api import (
     EventDesc,
     EventPoolDesc,
@@ -144,13 +145,15 @@ class Signals:
 
     def close(self) -> None:
         context, api = self._context, self._context.api
+        give = GivingBack()
         for handle in self._all:
-            context.call(api.zeEventDestroy, handle)
+            give(context.call, api.zeEventDestroy, handle)
         for pool in self._pools:
-            context.call(api.zeEventPoolDestroy, pool)
+            give(context.call, api.zeEventPoolDestroy, pool)
         for stamps in self._stamps:
-            context.call(api.zeMemFree, context.handle, stamps)
+            give(context.call, api.zeMemFree, context.handle, stamps)
         self._all, self._pools, self._stamps, self._free = [], [], [], []
+        give.end()
 
 
 class Streams:
@@ -371,9 +374,12 @@ class Streams:
 
     def close(self) -> None:
         """Let go of all that is left; nothing is running on the device any more."""
+        give = GivingBack()
         for event in list(self._events):
-            self.event_destroy(event)
+            give(self.event_destroy, event)
         for stream in list(self._lines):
-            self.stream_destroy(stream)
-        wait_until(self._end_lines, 1.0)
-        self.signals.close()
+            give(self.stream_destroy, stream)
+        for _ in range(2):  # once more, if something was in the way
+            give(wait_until, self._end_lines, 1.0)
+        give(self.signals.close)
+        give.end()
