@@ -431,6 +431,36 @@ def test_the_kit_passes_on_intels_runtime_and_is_called_emulated(tmp_path: Path)
     assert found["evidence"] == "emulated"
 
 
+@real
+def test_a_machine_without_an_opencl_loader_takes_the_wheels(sycl: Run, tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        dedent(
+            """
+            from drivetrain.hal.drivers import opencl_api, opencl_loader
+            opencl_api.LIBRARY = "libOpenCL-of-no-machine.so.1"
+            opencl_loader.library = lambda name, root=opencl_loader.ROOT: ""
+            """
+        )
+    )
+    found = sycl(
+        """
+        device = hal.device("sycl:0")
+        stream = device.stream()
+        module = device.compile(hal.Source.opencl("kernel void k(global int *p) { p[0] = 7; }"))
+        box = device.alloc(4, stream=stream)
+        module.kernel("k", [hal.PTR])(stream, 1, 1, box)
+        libraries = {line.split()[-1] for line in open("/proc/self/maps") if "libOpenCL" in line}
+        tell(value=read(box, stream, "i"), routes=list(device.routes), libraries=list(libraries))
+        """,
+        PYTHONPATH=os.pathsep.join([str(tmp_path / "site"), python_path()]),
+    )
+    assert found["value"] == [7]
+    assert len(found["routes"]) == 2
+    [loaded] = found["libraries"]
+    assert loaded.startswith(str((PREFIX / "lib").resolve()))
+
+
 # -- dpctl's own headers ---------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from functools import cache
 from typing import Any, Protocol
 
 from drivetrain.errors import DriverMissing, HalError, Unsupported
+from drivetrain.hal.drivers import opencl_loader
 
 NAME = "opencl"
 LIBRARY = "libOpenCL.so.1"
@@ -543,9 +544,11 @@ def address_of(function: Any) -> int:
 def load() -> Api:
     """The machine's loader, bound once. Raises DriverMissing, or HalError for one too old."""
     try:
-        library = ctypes.CDLL(LIBRARY)
+        return Api(ctypes.CDLL(LIBRARY))
     except OSError as error:
-        raise DriverMissing(
-            f"{LIBRARY} cannot be loaded: {error}", code="driver_missing", driver=NAME
-        ) from error
-    return Api(library)
+        found = opencl_loader.load_wheels_loader()
+        if found is None:
+            raise DriverMissing(
+                f"{LIBRARY} cannot be loaded: {error}", code="driver_missing", driver=NAME
+            ) from error
+        return Api(found)

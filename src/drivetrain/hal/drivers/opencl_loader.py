@@ -8,6 +8,7 @@ a folder that no machine has: then a folder of our own registers them beside the
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import sys
@@ -88,13 +89,31 @@ def icd_files(root: Path = ROOT) -> list[Path]:
     return [path for path in (*named, *found) if path.exists() or path in named]
 
 
-def intel_folder() -> Path | None:
-    """Where Intel's runtime for processors lies, when a wheel brought it: beside the SYCL library
-    that is used, or in this Python's ``lib``."""
+def _of_wheels(name: str) -> Path | None:
+    """The folder of a library that a wheel of Intel's brought: beside the SYCL library that is
+    used, or this Python's ``lib``."""
     path = sycl_api.find()
     folders = [sycl_api.libraries(path)] if path else []
     folders.append(Path(sys.prefix) / "lib")
-    return next((folder for folder in folders if (folder / INTEL).exists()), None)
+    return next((folder for folder in folders if (folder / name).exists()), None)
+
+
+def intel_folder() -> Path | None:
+    """Where Intel's runtime for processors lies, when a wheel brought it."""
+    return _of_wheels(INTEL)
+
+
+def load_wheels_loader() -> ctypes.CDLL | None:
+    """The loader that SYCL's wheels bring, for a machine that has none of its own."""
+    folder = _of_wheels(LOADER)
+    if folder is None:
+        return None
+    try:
+        for name in ("libintlc.so.5", INTEL_NEEDS, "libirng.so", "libsvml.so"):
+            ctypes.CDLL(str(folder / name))  # it needs them, and does not say where they are
+        return ctypes.CDLL(str(folder / LOADER))
+    except OSError:
+        return None
 
 
 def unregistered(root: Path = ROOT) -> dict[str, str]:
@@ -133,7 +152,7 @@ def text(path: Path) -> str:
 
 def absent(root: Path = ROOT) -> str:
     """Why this machine can have no OpenCL device; ``""`` when the loader is worth asking."""
-    if not library(LOADER, root):
+    if not library(LOADER, root) and not (root == ROOT and _of_wheels(LOADER)):
         return f"no OpenCL loader ({LOADER})"
     if icd_files(root) or unregistered(root):
         return ""
