@@ -48,9 +48,10 @@ class CompiledKernel:
         return here.compile(self.source, options=self.options)
 
 
-def target_named(arch: str) -> Target:
+def target_named(arch: str, source: Source | None = None) -> Target:
     """The target of an architecture: ``sm_90``, ``gfx942``, ``cpu``, or a device's address, such as
-    ``opencl:0``. Raises BadInput for what is none of them."""
+    ``opencl:0``; there a Triton ``source`` is compiled as the device's driver says. Raises BadInput
+    for what is none of them."""
     if not isinstance(arch, str):
         raise BadInput(f"the architecture is a {type(arch).__name__}; give text such as 'sm_90'")
     word = arch.strip().lower()
@@ -61,7 +62,7 @@ def target_named(arch: str) -> Target:
     if word in ("cpu", "native"):
         return opened(hal.device("cpu:0")).backend.target
     if _ADDRESS.fullmatch(word):
-        return opened(hal.device(word)).backend.target
+        return opened(hal.device(word)).target_of(source)
     raise BadInput(
         f"{arch!r} is no architecture that there is a compiler for: give sm_90 and the like "
         "(NVIDIA), gfx942 and the like (AMD), cpu, or the address of a device (opencl:0). A chip "
@@ -74,8 +75,8 @@ def compile_for(source: Source | str, arch: str, options: Sequence[str] = ()) ->
 
     Raises BadInput, CompileError with the user's line, Unsupported where no compiler is installed.
     """
-    target = target_named(arch)
     made = Source.cuda(source) if isinstance(source, str) else source
+    target = target_named(arch, made)
     done = compiling.compile(made, target, options=tuple(options))
     kernels: Mapping[str, object] = done.kernels
     return CompiledKernel(

@@ -245,7 +245,7 @@ print("end")
 @real
 @compiler
 def test_a_kernel_is_compiled_by_the_drivers_stages_and_computes(site: Path) -> None:
-    script = """
+    script = '''
 import struct
 kernel = device.compile(add()).kernel("add")
 assert kernel.arguments == (hal.PTR, hal.PTR, hal.PTR, hal.I32, hal.F32)
@@ -260,9 +260,21 @@ back = bytearray(4 * 192)
 on[2].copy_to(back, stream=stream)
 stream.synchronize()
 assert list(struct.unpack("192f", back)) == [2.0 * k for k in range(n)] + [-1.0] * (192 - n)
-print("end")
+
+from kernel_pytorch.hardware_abstraction import ProprietaryTritonBackend
+text = """
+@triton.jit
+def copy(x, out, n: "i32", BLOCK: tl.constexpr = 32):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, tl.load(x + i, mask=i < n), mask=i < n)
 """
-    assert run(site, script, triton=TRITON) == "end\n"
+made = ProprietaryTritonBackend("tchip:0").compile_triton_kernel(
+    text, signature={"x": "*fp32", "out": "*fp32"})
+assert (made.form, made.names) == ("so", ("copy",)), made
+assert made.load("tchip:0").kernel("copy").arguments == (hal.PTR, hal.PTR, hal.I32)
+print("end")
+'''
+    assert run(site, script, triton=TRITON, PYTHONWARNINGS="ignore") == "end\n"
     # The stages' file is a part of the cache's key: other stages are asked, and these break.
     (site / "tchip" / "vector.py").write_text("def stages(stages, options):\n    1 / 0\n")
     script = """
