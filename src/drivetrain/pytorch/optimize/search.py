@@ -40,6 +40,9 @@ MARGIN = 1.25
 """Inputs that were not seen may come out a little worse than those that were."""
 WORTH = 0.6
 """A choice that lost by no more than this may win when it is compiled."""
+HALVED = ("bf16-weights", "fp16-weights")
+NEAR = 1.1
+"""The half type that lost by no more than this is compiled too."""
 CLOSE = 1.05
 """Candidates within this factor of each other are measured in `CLOSE_ROUNDS`, and the last of them
 that lost once more at the end: a few hundredths are less than a busy machine's noise."""
@@ -57,6 +60,8 @@ class Candidate:
     restore: Callable[[], None]
     speedup: float = 1.0
     """Over the model as it was given."""
+    before: float = 1.0
+    """The speed-up of what was best when this was tried."""
     seconds: float = 0.0
     error: float = 0.0
     nbytes: int | None = None
@@ -177,6 +182,12 @@ class Search:
             again = sorted(self._lost.items(), key=lambda item: -item[1])
             for name, _ in [pair for pair in again if self._may_turn(known[pair[0]], pair[1])][:2]:
                 self.consider(known[name], compiling=True)
+            for step in [each for each in self.best.plan if each.group == "fold"]:
+                name = f"without {step.name}"  # compiled code fuses a norm with what follows it
+                plan = tuple(each for each in self.best.plan if each is not step)
+                on = tuple(each.name for each in plan)
+                if name not in self.fatal:
+                    self._try(name, plan, on, compiling=True)
         for step in others:
             if step.group != "attention":
                 continue
@@ -199,14 +210,14 @@ class Search:
 
     def _may_turn(self, step: Step, factor: float) -> bool:
         """Whether compiling may make a choice win that lost by ``factor``: compiled code fuses the
-        casts of autocast and the copies between layouts. Nothing is to be fused in a choice of the
-        multiplications' type, and weights of half the size have no casts left."""
-        if factor < WORTH:
-            return False
+        casts of autocast and the copies between layouts. Weights of half the size have no casts
+        left, and then it is between the two half types: the library has other kernels for each."""
         if step.group == "precision":
-            halved = any(each.name.endswith("-weights") for each in self.best.plan)
-            return step.name.endswith("-autocast") and not halved
-        return step.group in ("layout", "attention")
+            halved = any(each.name in HALVED for each in self.best.plan)
+            if step.name in HALVED:
+                return halved and factor >= 1 / NEAR
+            return step.name.endswith("-autocast") and not halved and factor >= WORTH
+        return step.group in ("layout", "attention") and factor >= WORTH
 
     def _has(self, mode: str) -> bool:
         return any(t.step == f"compile-{mode}" and t.seconds is not None for t in self.trials)
@@ -219,15 +230,29 @@ class Search:
     def consider(self, step: Step, *, compiling: bool = False) -> Candidate | None:
         """Tries ``step`` on top of the best; it becomes the best where it should. None where it
         could not be measured or was wrong."""
-        compiling = compiling or step.compiles
-        reason = self._over_budget(compiling)
-        if reason:
-            self._skip(step, reason)
-            return None
-        self.compilations += compiling
         plan = with_step(self.best.plan, step)
         on = tuple(each.name for each in plan if each is not step)
-        self.progress(step.name)
+        replaced = [each for each in self.best.plan if each not in plan]
+        candidate = self._try(step.name, plan, on, compiling=compiling or step.compiles)
+        if candidate is None:
+            return None
+        factor = candidate.speedup / candidate.before
+        if candidate is self.best:
+            self._lost.pop(step.name, None)
+            self._lost.update((each.name, 1 / factor) for each in replaced)
+        elif not (compiling or step.compiles):
+            self._lost[step.name] = factor
+        return candidate
+
+    def _try(
+        self, name: str, plan: Plan, on: tuple[str, ...], *, compiling: bool
+    ) -> Candidate | None:
+        reason = self._over_budget(compiling)
+        if reason:
+            self.trials.append(Trial(name, "not tried", reason))
+            return None
+        self.compilations += compiling
+        self.progress(name)
         began = time.monotonic()
         try:
             candidate = build(self.subject, plan)
@@ -238,21 +263,21 @@ class Search:
                 if candidate.error <= self.tolerance:
                     why += f" with a margin of {MARGIN:g} for inputs not seen"
                 self.trials.append(
-                    Trial(step.name, "rejected", why, on, error=candidate.error, spent_s=spent)
+                    Trial(name, "rejected", why, on, error=candidate.error, spent_s=spent)
                 )
                 return None
             self._measure(candidate)
         except Exception as error:  # whatever a compiler, a library or somebody's step raises
             spent = time.monotonic() - began
-            self.trials.append(Trial(step.name, "failed", told(error), on, spent_s=spent))
+            self.trials.append(Trial(name, "failed", told(error), on, spent_s=spent))
             reason = lost(self.subject.device)
             if reason:
                 raise DeviceLost(
-                    f"the step {step.name} on top of {' + '.join(on) or 'nothing'} left "
+                    f"the step {name} on top of {' + '.join(on) or 'nothing'} left "
                     f"{self.subject.device} unusable for this process: {reason}. Start another one "
-                    f"and leave the step out: skip=[{step.name!r}]",
+                    f"and leave the step out: skip=[{name!r}]",
                     code="device_lost",
-                    op=step.name,
+                    op=name,
                     device=str(self.subject.device),
                 ) from error
             return None
@@ -262,7 +287,7 @@ class Search:
         better, why = self._better(candidate)
         self.trials.append(
             Trial(
-                step.name,
+                name,
                 "kept" if better else "not kept",
                 why,
                 on,
@@ -273,16 +298,13 @@ class Search:
                 spent,
             )
         )
-        factor = candidate.speedup / self.best.speedup
+        candidate.before = self.best.speedup
+        factor = candidate.speedup / candidate.before
         if better:
-            self._lost.pop(step.name, None)
             self._close = self.best if factor < CLOSE and self.best is not self.eager else None
             self.best = candidate
-            return candidate
-        if factor > 1 / CLOSE:
+        elif factor > 1 / CLOSE:
             self._close = candidate
-        if not compiling:
-            self._lost[step.name] = factor
         return candidate
 
     def _over_budget(self, compiling: bool) -> str:
