@@ -144,6 +144,21 @@ def test_counters_are_read_in_a_child_when_they_are_asked_for(machine: Machine) 
     assert machine.run(ADDED) == "{'core_volt': 1.0}", "unasked, nothing is read"
 
 
+def test_a_reading_of_the_card_has_them(machine: Machine, tmp_path: Path) -> None:
+    """The whole way, with the loader where the system's is looked for."""
+    (tmp_path / "libze_loader.so.1").symlink_to(machine.loader)
+    code = """
+from drivetrain.hal.telemetry import intel
+now = intel.read(PCI)
+assert now.health == "ok", now
+print(dict(now.vendor_specific))
+"""
+    environment = {"LD_LIBRARY_PATH": str(tmp_path), "DRIVETRAIN_LEVEL_ZERO_LIBRARY": ""}
+    told = machine.run(code, DRIVETRAIN_COUNTERS="1", **environment)
+    assert eval(told) == {name: pytest.approx(value) for name, value in COUNTED.items()}
+    assert machine.run(code, **environment) == "{}"
+
+
 @pytest.mark.parametrize(
     "fault",
     [

@@ -114,6 +114,32 @@ def test_counters_are_read_in_a_child_when_they_are_asked_for(run: Run) -> None:
     assert run(ADDED) == "{'fan_rpm': 9.0}", "unasked, nothing is read"
 
 
+def test_a_reading_of_the_card_has_them(run: Run, rocm: Path, tmp_path: Path) -> None:
+    """The whole way, behind an AMD SMI that knows the card and no sensor."""
+    (rocm / "lib/libamd_smi.so").touch()
+    (tmp_path / "amdsmi.py").write_text(
+        "class AmdSmiClkType: GFX = MEM = 0\n"
+        "class AmdSmiTemperatureType: pass\n"
+        "class AmdSmiTemperatureMetric: pass\n"
+        "def amdsmi_init(): pass\n"
+        "def amdsmi_get_processor_handles(): return [1]\n"
+        f"def amdsmi_get_gpu_device_bdf(handle): return {PCI!r}\n"
+        "def none(*_): raise RuntimeError\n"
+        "amdsmi_get_gpu_activity = amdsmi_get_power_info = amdsmi_get_gpu_vram_usage = none\n"
+        "amdsmi_get_gpu_total_ecc_count = amdsmi_get_clock_info = none\n"
+        "amdsmi_get_violation_status = amdsmi_get_temp_metric = none\n"
+    )
+    code = """
+from drivetrain.hal.telemetry import amd
+now = amd.read(PCI)
+assert now.health == "ok", now
+print(dict(now.vendor_specific))
+"""
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    checked(run(code, DRIVETRAIN_COUNTERS="1", PYTHONPATH=path))
+    assert run(code, PYTHONPATH=path) == "{}"
+
+
 def test_hardware_that_counts_one_thing_at_a_time_is_asked_one_by_one(run: Run) -> None:
     checked(run(HERE, FAKE_ROCP_FEW="1"))
 
