@@ -91,7 +91,7 @@ def _dtypes(device: Device) -> tuple[list[str], list[str]]:
     library = blas.backend(here).blas
     known = library.dtypes if library is not None else frozenset()
     asked = ["float32"]
-    if device.driver != "opencl" or "fp64" in here.backend.target.features:
+    if here.backend.target.kind != "opencl" or "fp64" in here.backend.target.features:
         asked.append("float64")
     if device.driver in ("cpu", "cuda", "hip"):  # torch has these, too
         asked.append("bfloat16")

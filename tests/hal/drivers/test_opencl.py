@@ -427,6 +427,8 @@ def test_options_travel_in_the_first_line_and_no_others_than_ours_are_read() -> 
         "-cl-mad-enable"
     ]
     assert compiler.options_of("__kernel void k() {}") == []
+    newer = compiler.build(source, Target("opencl", "3.1", (), "v"), read_options(()))
+    assert compiler.options_of(newer.code.decode()) == ["-cl-std=CL3.0"]
 
 
 def test_a_translation_is_of_opencl_c_1_2_and_tells_its_kernels() -> None:

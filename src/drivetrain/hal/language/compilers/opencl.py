@@ -29,6 +29,8 @@ _TAKEN = frozenset(
         "-cl-opt-disable",
     }
 )
+_NEWEST = "3.0"
+"""Platforms of newer versions take it too."""
 _TRANSLATED_FOR = "1.2"
 """The OpenCL C that translations are written in."""
 
@@ -86,7 +88,7 @@ def _defined(source: Source, options: Options) -> str:
 
 
 def _flags(options: Options, version: str) -> list[str]:
-    flags = [f"-cl-std=CL{version}"]
+    flags = [f"-cl-std=CL{min(version, _NEWEST)}"]
     if options.fast_math:
         flags.append("-cl-fast-relaxed-math")
     elif options.fmad:
