@@ -50,6 +50,7 @@ assert ours[0].weight.grad.device.index == 1
 assert torch.allclose(ours[0].weight.grad.cpu(), model[0].weight.grad, atol=1e-6)
 free, total = torch.simulated.mem_get_info(0)
 assert 0 < free <= total == 64 << 20
+assert torch.accelerator.get_memory_info(0)[1] == total
 error = raises(OutOfMemory, "", lambda: torch.empty(1 << 30, device="simulated:0"))
 with torch.simulated.device(1):
     assert torch.ones(1, device="simulated").device.index == 1

@@ -205,6 +205,20 @@ assert (torch.ones(2, device="npu") + 1).tolist() == [2, 2]
 print("end")
 """
 
+BESIDE_ANOTHER = """
+register(count=2, accelerator=False)  # torch.accelerator is another's, or nobody's
+assert torch.accelerator.current_accelerator() is None and not torch.accelerator.is_available()
+stream = torch.npu.Stream(1)
+with torch.npu.stream(stream):
+    assert torch.npu.current_stream(1) == stream and torch.npu.current_stream(0) != stream
+torch.npu.set_stream(stream)
+assert torch.npu.current_stream(1) == stream
+w = torch.ones(3, device="npu:1", requires_grad=True)
+(w * 2).sum().backward()
+assert w.grad.tolist() == [2] * 3
+print("end")
+"""
+
 AUTO = """
 h = register_custom_device(SharedChip("npu"), Config(fallback="allow"))
 assert (torch.ones(2, device="npu") + 1).tolist() == [2, 2]
@@ -247,6 +261,13 @@ def test_what_torch_asks_for_in_cpp_is_there_for_memory_of_the_backend(
     with_shim: Callable[..., str], memory: str
 ) -> None:
     assert with_shim(NATIVE.format(memory=memory)).split()[-1] == "end"
+
+
+@pytest.mark.soak
+def test_a_device_that_is_not_the_accelerator_has_its_streams(
+    with_shim: Callable[..., str],
+) -> None:
+    assert "end" in with_shim(BESIDE_ANOTHER)
 
 
 @pytest.mark.soak

@@ -55,7 +55,7 @@ struct Gil {
 };
 
 // The Python error that is set, as an exception that may cross threads.
-[[noreturn]] void raise() {
+[[noreturn]] void throw_python_error() {
   python_error error;
   error.persist();
   throw error;
@@ -64,7 +64,7 @@ struct Gil {
 struct Called {
   PyObject* result;
   explicit Called(PyObject* given) : result(given) {
-    if (!result) raise();
+    if (!result) throw_python_error();
   }
   ~Called() { Py_DECREF(result); }
 };
@@ -153,7 +153,7 @@ c10::DataPtr take(size_t nbytes, int index) {
     Gil gil;
     Called given(PyObject_CallFunction(place.allocate, "K", (unsigned long long)nbytes));
     address = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(given.result));
-    if (PyErr_Occurred()) raise();
+    if (PyErr_Occurred()) throw_python_error();
   }
   counted(index, static_cast<int64_t>(nbytes));
   return {address, new Block{address, nbytes, index}, &give_back, device_at(index)};
@@ -210,7 +210,7 @@ struct Allocator final : c10::DeviceAllocator {
     Gil gil;
     Called told(PyObject_CallFunction(py_memory_info, "i", index_of({kHere, given})));
     unsigned long long free, total;
-    if (!PyArg_ParseTuple(told.result, "KK", &free, &total)) raise();
+    if (!PyArg_ParseTuple(told.result, "KK", &free, &total)) throw_python_error();
     return {free, total};
   }
 };

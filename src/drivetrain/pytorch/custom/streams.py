@@ -15,7 +15,7 @@ import torch
 
 from drivetrain.pytorch.custom.runtime import Runtime
 
-api: Any = torch.accelerator
+_private: Any = torch._C  # torch.accelerator's own may mean another device
 
 
 class _Torchs(type):
@@ -45,7 +45,7 @@ def register(runtime: Runtime, module: Any) -> None:
             return torch.Event(**{"device": device_of(None), **more})
 
     def current_stream(device: Any = None) -> torch.Stream:
-        found: torch.Stream = api.current_stream(device_of(device))
+        found: torch.Stream = _private._accelerator_getStream(device_of(device).index)
         return found
 
     def default_stream(device: Any = None) -> torch.Stream:
@@ -63,7 +63,7 @@ def register(runtime: Runtime, module: Any) -> None:
 
     module.Stream, module.Event, module.stream = Stream, Event, stream
     module.current_stream, module.default_stream = current_stream, default_stream
-    module.set_stream = api.set_stream
+    module.set_stream = _private._accelerator_setStream
 
 
 _PLACE = 20
