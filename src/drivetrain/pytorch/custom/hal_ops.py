@@ -38,8 +38,9 @@ MODULES = (
 
 def kernels(backend: HalBackend) -> Mapping[str, Kernel]:
     """Those of `TABLE` that this torch knows and asks devices for; nothing for devices that run no
-    kernels."""
-    if any("compute" not in opened(device).backend.groups for device in backend.devices):
+    kernels, or none that they are given as source."""
+    found = [opened(device).backend for device in backend.devices]
+    if any("compute" not in b.groups or "binary_only" in b.target.features for b in found):
         return {}
     return {name: each for name, each in TABLE.items() if _asked_for(name)}
 

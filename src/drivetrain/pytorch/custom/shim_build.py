@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import os
 import platform
-import secrets
 import shlex
 import shutil
 import signal
@@ -23,7 +22,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -37,6 +36,7 @@ _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = ("-std=c++20", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
 _TIME_S = 600.0
 _SUFFIX = ".so"
+_UNFINISHED = ".new-"
 _TRIAL = """
 import sys, torch
 from importlib.util import module_from_spec, spec_from_file_location
@@ -252,7 +252,11 @@ def _compiled(compiler: tuple[str, ...], directory: Path, name: str) -> Path:
         file=sys.stderr,
         flush=True,
     )
-    with tempfile.TemporaryDirectory(prefix=f".new-{secrets.token_hex(4)}-", dir=directory) as made:
+    for left in directory.glob(f"{_UNFINISHED}*"):  # by a builder that was killed
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > 2 * _TIME_S:
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=directory) as made:
         target = Path(made) / (MODULE + _SUFFIX)
         _run(_command(compiler, target), "the compiler")
         # Code that cannot be loaded may end the process: another one is the first to try.

@@ -31,6 +31,8 @@ def register(runtime: Runtime, module: Any) -> None:
     def device_of(device: Any) -> torch.device:
         return torch.device(runtime.name, runtime.index_of(device))
 
+    place = torch.Stream(device=device_of(0)).device_type
+
     class Stream(torch.Stream):
         """A stream of the device."""
 
@@ -50,7 +52,7 @@ def register(runtime: Runtime, module: Any) -> None:
 
     def default_stream(device: Any = None) -> torch.Stream:
         index = device_of(device).index
-        found: torch.Stream = Stream(stream_id=0, device_index=index, device_type=_PLACE)
+        found: torch.Stream = Stream(stream_id=0, device_index=index, device_type=place)
         return found
 
     @contextlib.contextmanager
@@ -64,7 +66,3 @@ def register(runtime: Runtime, module: Any) -> None:
     module.Stream, module.Event, module.stream = Stream, Event, stream
     module.current_stream, module.default_stream = current_stream, default_stream
     module.set_stream = _private._accelerator_setStream
-
-
-_PLACE = 20
-"""The number of torch's place for custom devices among its device types."""
