@@ -293,6 +293,35 @@ def test_what_the_compiler_refuses_is_told_with_the_users_line(sycl: Run) -> Non
     assert "there is no kernel 'none'" in found["missing"]
 
 
+SPIRV = [
+    (17, 4), (17, 6), (14, 2, 2),  # addresses, kernels; 64 bits, OpenCL's memory
+    (15, 6, 1, int.from_bytes(b"k", "little")),
+    (19, 2), (21, 3, 32, 0), (32, 4, 5, 3), (33, 5, 2, 4),  # void, int, int *, void (int *)
+    (43, 3, 6, 7), (54, 2, 1, 0, 5), (55, 4, 7), (248, 8), (62, 7, 6, 2, 4), (253,), (56,),
+]  # fmt: skip
+"""A kernel ``k`` that writes 7 to where its only argument points, as (operation, words)."""
+
+
+@real
+def test_a_kernel_in_spir_v_is_taken(sycl: Run) -> None:
+    words = [0x07230203, 0x10000, 0, 9, 0]
+    for operation, *rest in SPIRV:
+        words += [(len(rest) + 1) << 16 | operation, *rest]
+    found = sycl(
+        f"""
+        code = struct.pack("{len(words)}I", *{words})
+        device = hal.device("sycl:0")
+        stream = device.stream()
+        module = device.compile(hal.Source.binary(code, "spirv"))
+        box = device.alloc(4, stream=stream)
+        module.kernel("k", [hal.PTR])(stream, 1, 1, box)
+        broken = refused(lambda: device.compile(hal.Source.binary(code[:4] * 9, "spirv")), HalError)
+        tell(value=read(box, stream, "i"), broken=broken.driver)
+        """
+    )
+    assert found == {"value": [7], "broken": "sycl"}
+
+
 @real
 def test_a_program_is_compiled_once_for_all_modules_of_it(sycl: Run) -> None:
     """SYCL keeps nothing of its own: the second module of a source asks nobody."""
