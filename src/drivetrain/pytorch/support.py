@@ -64,12 +64,16 @@ def support(device: Device, python: str = sys.executable) -> Support:
         if build is None or needed in build.serves:
             return Support(own)
         missing = f"torch {build.version} is not built for {device.vendor}"
-    groups = device.capabilities.groups
-    if groups and "compute" not in groups:
+    groups, features = device.capabilities.groups, device.capabilities.features
+    if groups and ("compute" not in groups or "binary_only" in features):
         why = missing or f"torch has no device for the driver {device.driver}"
+        lacks = (
+            "takes kernels as binaries only, and Drivetrain's are source"
+            if "compute" in groups
+            else "has no `compute` group for Drivetrain's kernels"
+        )
         return Support(
-            reason=f"{why}, and the driver {device.driver} has no `compute` group for "
-            "Drivetrain's kernels"
+            reason=f"{why}, and the driver {device.driver} {lacks}"
             + (f"; install torch's build for {device.vendor}" if missing else "")
         )
     return Support(custom=True, missing=missing)

@@ -27,7 +27,7 @@ FAKES = {
 GROUPS = {
     "cuda": {"compute", "graphs", "managed", "peer", "pinned", "timing"},
     "hip": {"compute", "graphs", "managed", "peer", "pinned", "timing"},
-    "level_zero": {"managed", "pinned", "timing"},
+    "level_zero": {"compute", "managed", "peer", "pinned", "timing"},
     "sycl": {"managed", "pinned", "timing"},
 }
 
@@ -67,7 +67,7 @@ def wrong(report: dict[str, Any]) -> list[str]:
     [
         ("cuda", ["events", "kernels.dynamic_shared"]),
         ("hip", ["events", "kernels.dynamic_shared"]),
-        ("level_zero", ["copies"]),
+        ("level_zero", ["copies", "peer"]),
         ("sycl", ["copies"]),
     ],
 )

@@ -26,6 +26,7 @@ import json
 import os
 import random
 import shutil
+import struct
 import sys
 import tempfile
 import threading
@@ -93,7 +94,8 @@ class Vendor:
     tried_again: frozenset[str]
     """Where no memory is left, these are called again when more was given back."""
     put_back: frozenset[str]
-    """Calls that give a thread back what it had before a call of ours; their result is not ours."""
+    """Calls after one that did what it was asked for: they give back what was taken for it, or what
+    the thread had before. The result that counts is the other one's."""
     queries: frozenset[str]
     """Of these "not ready" is an answer; how often they are called depends on time."""
     alike: frozenset[str] = frozenset()
@@ -191,13 +193,15 @@ VENDORS = {
         of_each=frozenset(),
         answers=frozenset(
             {
+                "zeDeviceCanAccessPeer",
                 "zeDeviceGetMemoryProperties",
                 "zeDevicePciGetPropertiesExt",
                 "zeDriverGetProperties",
+                "zeModuleBuildLogGetString",
             }
         ),
         tried_again=frozenset({"zeMemAllocDevice", "zeMemAllocHost", "zeMemAllocShared"}),
-        put_back=frozenset(),
+        put_back=frozenset({"zeModuleBuildLogDestroy"}),
         queries=frozenset({"zeEventQueryStatus"}),
         alike=frozenset({"zeEventCreate", "zeEventDestroy"}),
         context=level_zero_context.Context,
@@ -208,6 +212,11 @@ VENDORS = {
 
 
 # -- the script ------------------------------------------------------------------------------------
+
+
+def spirv(code: bytes) -> bytes:
+    """A shared object as the fake of Level Zero takes it: behind a header of SPIR-V 1.0."""
+    return struct.pack("<5I", 0x07230203, 0x00010000, 0, 1, 0) + code
 
 
 _kept: list[Any] = []
@@ -317,13 +326,16 @@ class Run:
     wrong: str = ""
     """What was no error of the driver's and should not have been."""
     reached: str = ""
+    api: Any = None
 
     def info(self, index: int) -> DeviceInfo:
         return DeviceInfo(self.vendor.name, index, "fake", "v", self.vendor.uuid.format(index))
 
     def open(self, index: int) -> Any:
-        self.library.refused = set(self.refused)
-        return self.vendor.backend(self.info(index), self.vendor.api(self.library))
+        if self.api is None:
+            self.library.refused = set(self.refused)
+            self.api = self.vendor.api(self.library)
+        return self.vendor.backend(self.info(index), self.api)
 
     def __call__(self) -> Run:
         opened = []
@@ -643,6 +655,8 @@ def main(words: Sequence[str]) -> dict[str, Any]:
     for fake in ("CUDA", "HIP", "ZE"):
         os.environ[f"FAKE_{fake}_DEVICES"] = "3"  # one is not in the script
     vendor, code = VENDORS[given.driver], given.code.read_bytes()
+    if vendor.form == "spirv":
+        code = spirv(code)
     with tempfile.TemporaryDirectory() as folder:
         library = Library(given.library, Path(folder))
         every = cases(vendor, library, code)

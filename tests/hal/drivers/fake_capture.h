@@ -70,7 +70,7 @@ static int give(uint64_t ptr, int host) {
 static int pin(Device *device, uint64_t ptr, size_t bytes) {
     if (owner(ptr) || owner(ptr + bytes - 1)) return REGISTERED;
     Allocation *a = calloc(1, sizeof *a);
-    *a = (Allocation){ptr, bytes, REGION, device, allocations};
+    *a = (Allocation){ptr, bytes, REGION, device, allocations, NULL};
     allocations = a;
     return OK;
 }

@@ -39,7 +39,7 @@ const char drivetrain_fake[] = FAKE;
 
 typedef struct Device { int index, sticky; unsigned peers, shared; uint64_t plain, reserved, used, threshold; } Device;
 typedef struct Allocation {
-    uint64_t ptr; size_t bytes; int kind; Device *device; struct Allocation *next;
+    uint64_t ptr; size_t bytes; int kind; Device *device; struct Allocation *next; const void *context;
 } Allocation;
 /* One recording of an event: waits are for it, whatever is recorded later. */
 typedef struct Mark { int refs, left, done; double at; } Mark;
@@ -51,7 +51,7 @@ typedef struct Function {
     int count, sizes[MOST_PARAMS], dynamic; Device *device;
 } Function;
 typedef struct Module {
-    Device *device; void *object; char *table; Function *functions[64]; int count;
+    Device *device; void *object; char *table; Function *functions[64]; int count, users;
 } Module;
 typedef struct Op {
     int what, width; uint64_t dst, src, bytes, pitch, rows; unsigned char pattern[16];
@@ -223,7 +223,7 @@ static uint64_t take(Device *device, size_t bytes, int kind) {
     if (arena_used + bytes + 2 * PAGE > ARENA) no_room();
     Allocation *a = calloc(1, sizeof *a);
     char *base = kind == PINNED || kind == MANAGED ? inside : outside;
-    *a = (Allocation){(uint64_t)(base + arena_used), bytes, kind, device, allocations};
+    *a = (Allocation){(uint64_t)(base + arena_used), bytes, kind, device, allocations, NULL};
     memset(inside + arena_used, 0xAB, bytes < PAGE ? bytes : PAGE);
     arena_used += (bytes + PAGE - 1) / PAGE * PAGE + PAGE; /* addresses are never used again */
     allocations = a;

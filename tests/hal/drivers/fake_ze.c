@@ -1,21 +1,27 @@
 /* A stand-in for libze_loader with a driver and devices behind it: the functions that the level_zero
  * driver binds. See fake_core.h for what it is and how it is told to fail. It is strict: a command that
- * could overtake the one before it (no barrier between), a signal that was not reset, a list that is
- * destroyed while it works, are errors.
+ * could overtake the one before it (no barrier between), a signal that was not reset, a list or a
+ * module that is destroyed while it works, memory of another context, are errors.
+ *
+ * Its SPIR-V is a header of five words with a shared object of the cpu driver behind it.
  */
 #define FAKE "FAKE_ZE"
 #include "fake_core.h"
 
 enum { OK = 0, NOT_READY = 1, LOST = 0x70000001, OOM = 0x70000003, UNINITIALIZED = 0x78000001,
-       INVALID = 0x78000004, UNSUPPORTED_SIZE = 0x78000009 };
-enum { DRIVER_PROPERTIES = 0x1, DEVICE_PROPERTIES = 0x3, GROUP_PROPERTIES = 0x6, MEMORY_PROPERTIES = 0x7,
+       INVALID = 0x78000004, UNSUPPORTED_SIZE = 0x78000009, BUILD_FAILURE = 0x70000004, UNSUPPORTED_ENUM = 0x7800000d,
+       NO_SUCH_KERNEL = 0x78000011 };
+enum { DRIVER_PROPERTIES = 0x1, DEVICE_PROPERTIES = 0x3, COMPUTE_PROPERTIES = 0x4, GROUP_PROPERTIES = 0x6, MEMORY_PROPERTIES = 0x7,
        ACCESS_PROPERTIES = 0x8, CONTEXT_DESC = 0xd, QUEUE_DESC = 0xe, POOL_DESC = 0x10, EVENT_DESC = 0x11,
-       DEVICE_MEM_DESC = 0x15, HOST_MEM_DESC = 0x16, PCI_PROPERTIES = 0x10008 };
+       MODULE_DESC = 0x1b, KERNEL_DESC = 0x1d, KERNEL_PROPERTIES = 0x1e, DEVICE_MEM_DESC = 0x15, HOST_MEM_DESC = 0x16, PCI_PROPERTIES = 0x10008 };
 
 typedef struct Head { int stype; void *next; } Head;
 typedef struct Context { Device *used; } Context;
-typedef struct List { Stream *stream; int ordered; } List;
+typedef struct List { Stream *stream; int ordered; Context *context; } List;
 typedef struct Pool { int left; uint32_t count; } Pool;
+typedef struct Kernel {
+    Module *module; Function *function; uint32_t group[3]; unsigned char values[MOST_PARAMS][64]; int set;
+} Kernel;
 typedef struct Event { Mark *mark; Pool *pool; int queued; Device *device; } Event;
 
 static int is_lost(int code) { return code == LOST || code == 0x70000006; }
@@ -44,6 +50,7 @@ int zeInit(uint32_t flags) {
         } else
             for (int i = 0; i < all; i++) visible[count++] = i;
         device_count = count;
+        for (int i = 0; i < MOST_DEVICES; i++) devices[i].peers = getenv("FAKE_ZE_NO_PEERS") ? 0 : 0xF;
         if (getenv("FAKE_ZE_NO_DRIVER")) return leave(UNINITIALIZED); /* a loader with nothing behind it */
         initialised = 1;
     }
@@ -126,6 +133,20 @@ int zeDevicePciGetPropertiesExt(Device *device, struct Pci *out) {
     return leave(OK);
 }
 
+int zeDeviceCanAccessPeer(Device *device, Device *peer, unsigned char *out) {
+    BARE(device);
+    *out = device == peer || (device->peers >> peer->index & 1);
+    return leave(OK);
+}
+struct Compute { Head head; uint32_t total, size[3], count[3], shared, sizes, simd[8]; };
+int zeDeviceGetComputeProperties(Device *device, struct Compute *out) {
+    BARE(device);
+    IS(out, COMPUTE_PROPERTIES);
+    out->total = 1024, out->shared = 65536, out->sizes = 1, out->simd[0] = 16;
+    for (int i = 0; i < 3; i++) out->size[i] = 1024, out->count[i] = 0xFFFFFFFFu;
+    return leave(OK);
+}
+
 /* -- contexts and lists -------------------------------------------------------------------------------- */
 
 int zeContextCreate(void *d, void *desc, Context **out) {
@@ -144,7 +165,7 @@ int zeCommandListCreateImmediate(Context *c, Device *device, struct QueueDesc *d
     if (!c || desc->ordinal != 1 || desc->index || desc->mode != 2 || desc->priority < 0 || desc->priority > 2)
         return leave(INVALID);
     *out = calloc(1, sizeof **out);
-    (*out)->stream = new_stream(device), (*out)->ordered = 1;
+    (*out)->stream = new_stream(device), (*out)->ordered = 1, (*out)->context = c;
     return leave(OK);
 }
 int zeCommandListDestroy(List *l) {
@@ -176,6 +197,8 @@ int zeCommandListAppendBarrier(List *l, Event *signal, uint32_t count, Event **w
 #define ORDERED(l) do { if (!(l)->ordered || signal || count || waits) return leave(INVALID); (l)->ordered = 0; } while (0)
 int zeCommandListAppendMemoryCopy(List *l, uint64_t dst, uint64_t src, size_t bytes, Event *signal, uint32_t count, Event **waits) {
     BARE(l->stream->device);
+    Allocation *a = owner(dst), *b = owner(src);
+    if ((a && a->context != l->context) || (b && b->context != l->context)) return leave(INVALID);
     ORDERED(l);
     put(l, (Op){.what = COPY, .dst = dst, .src = src, .bytes = bytes});
     return leave(OK);
@@ -202,9 +225,9 @@ int zeCommandListAppendWriteGlobalTimestamp(List *l, uint64_t dst, Event *signal
 
 struct PoolDesc { Head head; uint32_t flags, count; };
 int zeEventPoolCreate(Context *c, struct PoolDesc *desc, uint32_t count, Device **of, Pool **out) {
-    BARE(*of);
+    BARE(NULL);
     IS(desc, POOL_DESC);
-    if (!c || count != 1 || !(desc->flags & 1)) return leave(INVALID);
+    if (!c || count || of || !(desc->flags & 1)) return leave(INVALID); /* for every device */
     *out = calloc(1, sizeof **out);
     (*out)->count = desc->count;
     live_things++;
@@ -252,7 +275,7 @@ int zeMemAllocDevice(Context *c, void *desc, size_t bytes, size_t alignment, Dev
     (void)alignment;
     if (!c || !bytes) return leave(INVALID);
     if (bytes > room(device)) return leave(OOM);
-    *out = take(device, bytes, DEVICE);
+    *out = take(device, bytes, DEVICE), owner(*out)->context = c;
     return leave(OK);
 }
 int zeMemAllocShared(Context *c, void *desc, void *host, size_t bytes, size_t alignment, Device *device, uint64_t *out) {
@@ -262,7 +285,7 @@ int zeMemAllocShared(Context *c, void *desc, void *host, size_t bytes, size_t al
     (void)alignment;
     if (!c || !bytes) return leave(INVALID);
     if (bytes > room(device)) return leave(OOM);
-    *out = take(device, bytes, MANAGED);
+    *out = take(device, bytes, MANAGED), owner(*out)->context = c;
     return leave(OK);
 }
 int zeMemAllocHost(Context *c, void *desc, size_t bytes, size_t alignment, uint64_t *out) {
@@ -270,7 +293,7 @@ int zeMemAllocHost(Context *c, void *desc, size_t bytes, size_t alignment, uint6
     IS(desc, HOST_MEM_DESC);
     (void)alignment;
     if (!c || !bytes || bytes > memory_bytes) return leave(bytes > memory_bytes ? 0x70000002 : INVALID);
-    *out = take(&devices[0], bytes, PINNED);
+    *out = take(&devices[0], bytes, PINNED), owner(*out)->context = c;
     return leave(OK);
 }
 int zeMemFree(Context *c, uint64_t ptr) {
@@ -278,5 +301,91 @@ int zeMemFree(Context *c, uint64_t ptr) {
     Allocation *a = whole(ptr);
     if (!c || !a) return leave(INVALID);
     drop(a);
+    return leave(OK);
+}
+
+/* -- modules and kernels --------------------------------------------------------------------------------------- */
+
+struct ModuleDesc { Head head; int format; size_t bytes; const char *code, *flags; const void *constants; };
+int zeModuleCreate(Context *c, Device *device, struct ModuleDesc *desc, Module **out, char **log) {
+    BARE(device);
+    IS(desc, MODULE_DESC);
+    if (!c) return leave(INVALID);
+    if (desc->format) return leave(UNSUPPORTED_ENUM);
+    const char *object = desc->code + 20;
+    *out = desc->bytes > 84 && object_size(object) < desc->bytes - 20 ? load_object(device, object) : NULL;
+    if (log) *log = strdup(*out ? "" : "line 3: a word that the fake does not know"), live_things++;
+    return leave(*out ? OK : BUILD_FAILURE);
+}
+int zeModuleBuildLogGetString(char *log, size_t *bytes, char *out) {
+    BARE(NULL);
+    size_t room_for = *bytes;
+    *bytes = strlen(log) + 1;
+    if (out) snprintf(out, room_for, "%s", log);
+    return leave(OK);
+}
+int zeModuleBuildLogDestroy(char *log) { BARE(NULL); free(log), live_things--; return leave(OK); }
+static int is_running(const Module *m) {
+    for (Stream *s = streams; s; s = s->next)
+        for (Op *op = s->head; op; op = op->next)
+            for (int i = 0; i < m->count; i++) if (op->function == m->functions[i]) return 1;
+    return 0;
+}
+int zeModuleDestroy(Module *m) {
+    BARE(m->device);
+    if (m->users || is_running(m)) return leave(INVALID);
+    drop_module(m);
+    return leave(OK);
+}
+struct KernelDesc { Head head; uint32_t flags; const char *name; };
+int zeKernelCreate(Module *m, struct KernelDesc *desc, Kernel **out) {
+    BARE(m->device);
+    IS(desc, KERNEL_DESC);
+    Function *f = find_function(m, desc->name);
+    if (!f) return leave(NO_SUCH_KERNEL);
+    f->dynamic = 65536;
+    *out = calloc(1, sizeof **out);
+    **out = (Kernel){.module = m, .function = f};
+    m->users++, live_things++;
+    return leave(OK);
+}
+int zeKernelDestroy(Kernel *k) {
+    BARE(k->module->device);
+    if (is_running(k->module)) return leave(INVALID);
+    k->module->users--, live_things--, free(k);
+    return leave(OK);
+}
+struct KernelProperties { Head head; uint32_t count, group[3], groups, simd, most_simd, most_groups, local, private, spill; unsigned char uuid[32]; };
+int zeKernelGetProperties(Kernel *k, struct KernelProperties *out) {
+    BARE(k->module->device);
+    IS(out, KERNEL_PROPERTIES);
+    out->count = (uint32_t)k->function->count, out->most_simd = 16;
+    return leave(OK);
+}
+int zeKernelSetGroupSize(Kernel *k, uint32_t x, uint32_t y, uint32_t z) {
+    BARE(k->module->device);
+    if (!x || !y || !z || (uint64_t)x * y * z > 1024) return leave(INVALID);
+    k->group[0] = x, k->group[1] = y, k->group[2] = z;
+    return leave(OK);
+}
+int zeKernelSetArgumentValue(Kernel *k, uint32_t index, size_t bytes, const void *value) {
+    BARE(k->module->device);
+    if ((int)index >= k->function->count || (int)bytes != k->function->sizes[index]) return leave(INVALID);
+    if (value) memcpy(k->values[index], value, bytes);
+    k->set |= 1 << index;
+    return leave(OK);
+}
+int zeCommandListAppendLaunchKernel(List *l, Kernel *k, const uint32_t *groups, Event *signal, uint32_t count, Event **waits) {
+    BARE(l->stream->device);
+    Function *f = k->function;
+    void *params[MOST_PARAMS];
+    if (k->module->device != l->stream->device || !k->group[0] || k->set != (1 << f->count) - 1) return leave(INVALID);
+    for (int i = 0; i < 3; i++) if (!groups[i]) return leave(INVALID);
+    ORDERED(l);
+    for (int i = 0; i < f->count; i++) params[i] = k->values[i];
+    Op op = {.what = KERNEL, .function = f, .params = pack(f, params)};
+    memcpy(op.range.grid, groups, 12), memcpy(op.range.block, k->group, 12);
+    op.range.count = (uint64_t)groups[0] * groups[1] * groups[2];
+    put(l, op);
     return leave(OK);
 }

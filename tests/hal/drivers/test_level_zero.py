@@ -7,6 +7,7 @@ import ctypes
 import itertools
 import json
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 from fakes import Fake
 
-from drivetrain.errors import DriverMissing, HalError, OutOfMemory, Unsupported
+from drivetrain.errors import CompileError, DriverMissing, HalError, OutOfMemory, Unsupported
 from drivetrain.hal import registry
 from drivetrain.hal.device import DeviceInfo
 from drivetrain.hal.drivers import level_zero, level_zero_backend
@@ -112,6 +113,7 @@ def script(backend: LevelZeroBackend) -> Iterator[str]:
 def test_a_device_tells_what_it_is(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = make()
     assert backend.groups == GROUPS
+    assert backend.target.features == ("binary_only",)
     assert backend.memory() == (1 << 30, 1 << 30)
     monkeypatch.setenv("FAKE_ZE_SLOW_SHARED", "1")
     assert make(1).groups == GROUPS - {"managed"}
@@ -148,7 +150,131 @@ def test_a_symbol_that_is_missing_is_said(fake: Fake, row: Any) -> None:
     api = Api(fake)
     with pytest.raises(Unsupported, match=row.name):
         getattr(api, row.name)
-    assert [each.pci for each in level_zero_backend.seen(api)] == ["", ""]
+    devices = level_zero_backend.seen(api)
+    assert api.off == ({row.group} if row.group else set())
+    assert level_zero_backend.groups_of(api, devices[0], devices) == GROUPS - {row.group}
+    if not row.group:
+        assert [each.pci for each in devices] == ["", ""]
+
+
+# -- devices of one driver -------------------------------------------------------------------------
+
+
+def test_devices_copy_from_one_another(make: Make, fake: Fake) -> None:
+    """They share a context: a copy from another one's memory is refused by the fake."""
+    api = Api(fake)
+    one, two = (LevelZeroBackend(info(index), api) for index in range(2))
+    stream, beyond = one.stream_create(0), two.stream_create(0)
+    near, far = one.alloc(4096, Kind.DEVICE, stream), two.alloc(4096, Kind.DEVICE, beyond)
+    two.fill(far, b"\x06", 4096, beyond)
+    assert two.synchronize(10)
+    assert one.peer_enable(one)
+    assert one.peer_enable(two)
+    assert not one.peer_enable(object())
+    done = two.event_create(False)
+    two.event_record(done, beyond)
+    one.stream_wait(stream, done)
+    two.event_destroy(done)  # what waits for it still does
+    one.copy_peer(near, far, 4096, two, stream)
+    assert read(one, near, stream, 4096) == b"\x06" * 4096
+    with pytest.raises(HalError, match="no device of this driver"):
+        one.copy_peer(near, far, 4096, object(), stream)
+    two.close()
+    assert read(one, near, stream) == b"\x06" * 4  # the context is there while one is open
+    one.close()
+    assert (fake.live(), fake.things()) == (0, 0)
+    alone = make()  # over functions of its own, and so in a context of its own
+    stranger = make(1)
+    assert not alone.peer_enable(stranger)
+    stream = alone.stream_create(0)
+    there = stranger.alloc(64, Kind.DEVICE, stranger.stream_create(0))
+    with pytest.raises(HalError, match="zeCommandListAppendMemoryCopy on level_zero:0 failed"):
+        alone.copy_peer(alone.alloc(64, Kind.DEVICE, stream), there, 64, stranger, stream)
+
+
+def test_peers_are_declared_only_where_the_driver_says_so(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_ZE_NO_PEERS", "1")
+    one, two = make(0), make(1)
+    assert "peer" not in one.groups
+    assert not one.peer_enable(two)
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+
+def spirv(code: bytes) -> bytes:
+    """As the fake takes it."""
+    return struct.pack("<5I", 0x07230203, 0x00010000, 0, 1, 0) + code
+
+
+def launch(backend: LevelZeroBackend, function: int, stream: int, *values: int) -> None:
+    boxes = [ctypes.c_uint64(value) for value in values]
+    table = (ctypes.c_void_p * len(boxes))(*(ctypes.addressof(box) for box in boxes))
+    at, one = ctypes.addressof(table), (1, 1, 1)
+    backend.launch(function, one, one, 0, stream, at, [-8, 4][: len(boxes)])
+
+
+def test_spirv_is_loaded_launched_and_let_go_of(make: Make, fake: Fake, fake_object: bytes) -> None:
+    backend = make()
+    assert backend.limits.threads == 1024
+    assert backend.limits.shared_bytes == 65536
+    stream = backend.stream_create(0)
+    value = backend.alloc(4, Kind.DEVICE, stream)
+    backend.fill(value, b"\0", 4, stream)
+    assert read(backend, value, stream) == b"\0" * 4
+    before = fake.things()
+    module = backend.module_load(spirv(fake_object), "spirv")
+    function = backend.function(module, "add")
+    assert backend.function_facts(function).threads == 1024
+    for number in range(1, 5):  # each has its own arguments, though they are the kernel's
+        launch(backend, function, stream, value, number)
+    backend.module_unload(module)  # what was queued runs all the same
+    assert int.from_bytes(read(backend, value, stream), "little") == 10
+    backend.module_unload(backend.module_load(spirv(fake_object), "spirv"))
+    assert backend.synchronize(10)
+    backend.module_unload(backend.module_load(spirv(fake_object), "spirv"))
+    assert fake.things() == before
+
+
+def test_kernels_are_checked_before_their_launch(make: Make, fake_object: bytes) -> None:
+    backend = make()
+    stream = backend.stream_create(0)
+    module = backend.module_load(spirv(fake_object), "spirv")
+    with pytest.raises(HalError, match="nothing_like_it") as caught:
+        backend.function(module, "nothing_like_it")
+    assert caught.value.code == "no_such_kernel"
+    function = backend.function(module, "add")
+    backend.function_arguments(function, (-8, 4))
+    with pytest.raises(HalError, match="the kernel has 2") as caught:
+        backend.function_arguments(function, (-8, 4, 4))
+    assert caught.value.code == "wrong_arguments"
+    box = ctypes.c_uint64()
+    table = (ctypes.c_void_p * 2)(*[ctypes.addressof(box)] * 2)
+    one = (1, 1, 1)
+    with pytest.raises(HalError, match="pointer to local memory"):
+        backend.launch(function, one, one, 64, stream, ctypes.addressof(table), (-8, 4))
+
+
+def test_code_that_the_driver_does_not_take_comes_with_its_build_log(
+    make: Make, fake: Fake
+) -> None:
+    backend = make()
+    before = fake.things()
+    with pytest.raises(CompileError) as caught:
+        backend.module_load(spirv(b"?" * 100), "spirv")
+    error = caught.value
+    assert error.log == "line 3: a word that the fake does not know"
+    assert error.log in str(error)
+    assert (error.code, error.op) == ("not_taken", "zeModuleCreate")
+    assert error.native == Ze.RESULT_ERROR_MODULE_BUILD_FAILURE
+    assert error.native_name == "ZE_RESULT_ERROR_MODULE_BUILD_FAILURE"
+    with pytest.raises(CompileError, match="magic number"):
+        backend.module_load(b"nonsense", "spirv")
+    with pytest.raises(Unsupported, match="takes spirv"):
+        backend.module_load(b"__kernel void f() {}", "cl")
+    assert fake.things() == before  # the log was given back
 
 
 def test_out_of_memory_waits_for_what_is_being_given_back(make: Make) -> None:
@@ -187,6 +313,23 @@ out = dict(state=state.state, reason=state.reason,
            devices=[[d.address, d.uuid, d.name, d.vendor, d.info.pci, d.info.memory_bytes,
                      d.capabilities.cores, evidence_of(d)] for d in devices],
            others=sorted(n for n, d in hal.drivers().items() if d.state == "usable"))
+if "kernel" in sys.argv:
+    import pathlib
+    device = devices[0]
+    code = pathlib.Path(sys.argv[sys.argv.index("kernel") + 1]).read_bytes()
+    source = hal.Source.binary(code, "spirv", {"add": ["ptr", "i32"]})
+    stream = device.stream()
+    buffer = device.alloc(4, stream=stream)
+    buffer.copy_from((5).to_bytes(4, "little"), stream=stream)
+    device.compile(source).kernel("add")(stream, 1, 1, buffer, 7)
+    back = bytearray(4)
+    buffer.copy_to(back, stream=stream)
+    stream.synchronize()
+    out["sum"] = int.from_bytes(back, "little")
+    try:
+        device.compile(hal.Source.cuda('extern "C" __global__ void f() {}'))
+    except Exception as error:
+        out["refused"] = f"{type(error).__name__}: {error}"
 if "probe" in sys.argv:
     from drivetrain.hal.probe import probe
     out["verdicts"] = [[v.usable, v.reason] for v in probe(list(devices)).values()]
@@ -213,9 +356,15 @@ def whole(path: Path | str, *words: str, **environment: str) -> dict[str, Any]:
     return found
 
 
-def test_another_loader_is_selected_listed_and_probed(fake_library: Any) -> None:
-    found = whole(fake_library("fake_ze.c"), "probe")
+def test_another_loader_is_selected_listed_probed_and_used(
+    fake_library: Any, fake_object: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "kernels").write_bytes(spirv(fake_object))
+    found = whole(fake_library("fake_ze.c"), "probe", "kernel", str(tmp_path / "kernels"))
     assert found["state"] == "usable"
+    assert found["sum"] == 12
+    assert "BadInput" in found["refused"]
+    assert "level_zero" in found["refused"]
     assert found["devices"] == [
         [f"level_zero:{n}", info(n).uuid, f"Fake Arc {n}", "intel", "", 1 << 30, 512, "fake"]
         for n in range(2)

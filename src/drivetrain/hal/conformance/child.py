@@ -58,6 +58,8 @@ def missing(check: Check, device: hal.Device) -> tuple[str, str]:
     absent = sorted(check.groups - backend.groups)
     if absent:
         return NOT_DECLARED, f"no {', '.join(absent)}"
+    if "compute" in check.groups and "binary_only" in backend.target.features:
+        return NOT_HERE, "the kit's kernels are CUDA C, and this device takes binaries only"
     if TWO_DEVICES in check.needs and len(hal.devices(device.driver)) < 2:
         return NOT_HERE, f"this machine has one device of driver {device.driver}"
     return "", ""

@@ -1,6 +1,6 @@
 """Intel devices through Level Zero, listed by its loader in a child process; only the probe and
-`open_device` make a context. Memory, copies, streams and events; kernels on these devices go
-through their other routes, OpenCL among them."""
+`open_device` make a context. Kernels come as SPIR-V that exists already; from source they go
+through the devices' other routes, OpenCL among them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from drivetrain.hal.telemetry import Telemetry
 
 NAME = "level_zero"
 VENDOR = "intel"
-GROUPS = frozenset({"managed", "pinned", "timing"})
+GROUPS = frozenset({"compute", "managed", "peer", "pinned", "timing"})
 ROOT = Path("/")
 
 
@@ -76,7 +76,7 @@ def on_the_bus(pci: str) -> str:
 
 def discover() -> tuple[DeviceInfo, ...]:
     """Every device of every driver. Loads the vendor's libraries, which may hang or crash."""
-    from drivetrain.hal.drivers.level_zero_backend import Seen, seen
+    from drivetrain.hal.drivers.level_zero_backend import Seen, groups_of, seen
 
     api = level_zero_api.load()
     found = seen(api)
@@ -103,14 +103,14 @@ def discover() -> tuple[DeviceInfo, ...]:
             memory_bytes=each.memory_bytes or facts.maxMemAllocSize,
             memory_domain="host" if integrated else "",
             driver_version=str(each.driver_version),
-            by_name_only=True,  # who names no device wants one that runs kernels
+            by_name_only=True,  # who names no device wants one that compiles kernels
             capabilities=Capabilities(
                 compute=f"{facts.deviceId:04x}",
                 cores=slices * facts.numEUsPerSubslice or None,
                 multiprocessors=slices or None,
-                features=("fake",) if api.is_fake else (),
+                features=("binary_only", "fake") if api.is_fake else ("binary_only",),
                 clock_mhz=facts.coreClockRate or None,
-                groups=tuple(sorted(GROUPS)),
+                groups=tuple(sorted(groups_of(api, each, found))),
             ),
             isolation=isolation(_shown(index)),
             telemetry=_first_reading(each.memory_bytes),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -42,6 +43,8 @@ class Function:
     name: str
     types: str
     optional: bool = False
+    group: str = ""
+    """Of the SPI, off without it."""
 
 
 _WAITS = "ze_event_handle_t, uint32_t, ze_event_handle_t *"
@@ -121,6 +124,38 @@ def _rows() -> Iterable[Function]:
         "const ze_host_mem_alloc_desc_t *, size_t, size_t, ze_device_handle_t, void **",
     )
     yield row("zeMemFree", "ze_context_handle_t, void *")
+    # -- group peer
+    yield row(
+        "zeDeviceCanAccessPeer",
+        "ze_device_handle_t, ze_device_handle_t, ze_bool_t *",
+        True,
+        "peer",
+    )
+    # -- group compute
+    for name, types in (
+        (
+            "zeModuleCreate",
+            "ze_context_handle_t, ze_device_handle_t, const ze_module_desc_t *, "
+            "ze_module_handle_t *, ze_module_build_log_handle_t *",
+        ),
+        ("zeModuleDestroy", "ze_module_handle_t"),
+        ("zeModuleBuildLogGetString", "ze_module_build_log_handle_t, size_t *, char *"),
+        ("zeModuleBuildLogDestroy", "ze_module_build_log_handle_t"),
+        ("zeKernelCreate", "ze_module_handle_t, const ze_kernel_desc_t *, ze_kernel_handle_t *"),
+        ("zeKernelDestroy", "ze_kernel_handle_t"),
+        ("zeKernelGetProperties", "ze_kernel_handle_t, ze_kernel_properties_t *"),
+        ("zeKernelSetGroupSize", "ze_kernel_handle_t, uint32_t, uint32_t, uint32_t"),
+        ("zeKernelSetArgumentValue", "ze_kernel_handle_t, uint32_t, size_t, const void *"),
+        (
+            "zeCommandListAppendLaunchKernel",
+            f"ze_command_list_handle_t, ze_kernel_handle_t, const ze_group_count_t *, {_WAITS}",
+        ),
+        (
+            "zeDeviceGetComputeProperties",
+            "ze_device_handle_t, ze_device_compute_properties_t *",
+        ),
+    ):
+        yield row(name, types, True, "compute")
 
 
 FUNCTIONS = tuple(_rows())
@@ -146,6 +181,7 @@ class Ze:
     MEMORY_ACCESS_CAP_FLAG_CONCURRENT = 4
     STRUCTURE_TYPE_DRIVER_PROPERTIES = 0x1
     STRUCTURE_TYPE_DEVICE_PROPERTIES = 0x3
+    STRUCTURE_TYPE_DEVICE_COMPUTE_PROPERTIES = 0x4
     STRUCTURE_TYPE_COMMAND_QUEUE_GROUP_PROPERTIES = 0x6
     STRUCTURE_TYPE_DEVICE_MEMORY_PROPERTIES = 0x7
     STRUCTURE_TYPE_DEVICE_MEMORY_ACCESS_PROPERTIES = 0x8
@@ -155,11 +191,17 @@ class Ze:
     STRUCTURE_TYPE_EVENT_DESC = 0x11
     STRUCTURE_TYPE_DEVICE_MEM_ALLOC_DESC = 0x15
     STRUCTURE_TYPE_HOST_MEM_ALLOC_DESC = 0x16
+    STRUCTURE_TYPE_MODULE_DESC = 0x1B
+    STRUCTURE_TYPE_KERNEL_DESC = 0x1D
+    STRUCTURE_TYPE_KERNEL_PROPERTIES = 0x1E
     STRUCTURE_TYPE_PCI_EXT_PROPERTIES = 0x10008
+    MODULE_FORMAT_IL_SPIRV = 0
     RESULT_NOT_READY = 1
     RESULT_ERROR_DEVICE_LOST = 0x70000001
     RESULT_ERROR_OUT_OF_HOST_MEMORY = 0x70000002
     RESULT_ERROR_OUT_OF_DEVICE_MEMORY = 0x70000003
+    RESULT_ERROR_MODULE_BUILD_FAILURE = 0x70000004
+    RESULT_ERROR_MODULE_LINK_FAILURE = 0x70000005
     RESULT_ERROR_DEVICE_REQUIRES_RESET = 0x70000006
     RESULT_ERROR_DEPENDENCY_UNAVAILABLE = 0x70020000
     RESULT_ERROR_UNINITIALIZED = 0x78000001
@@ -167,6 +209,8 @@ class Ze:
     RESULT_ERROR_UNSUPPORTED_FEATURE = 0x78000003
     RESULT_ERROR_INVALID_ARGUMENT = 0x78000004
     RESULT_ERROR_UNSUPPORTED_SIZE = 0x78000009
+    RESULT_ERROR_INVALID_NATIVE_BINARY = 0x7800000F
+    RESULT_ERROR_INVALID_KERNEL_NAME = 0x78000011
 
 
 RESULTS = {n: name for name, n in vars(Ze).items() if name.startswith("RESULT_")}
@@ -284,6 +328,59 @@ class HostMemDesc(ctypes.Structure):
     _fields_ = (*_HEAD, ("flags", _U32))
 
 
+class ComputeProperties(ctypes.Structure):
+    _fields_ = (
+        *_HEAD,
+        ("maxTotalGroupSize", _U32),
+        ("maxGroupSizeX", _U32),
+        ("maxGroupSizeY", _U32),
+        ("maxGroupSizeZ", _U32),
+        ("maxGroupCountX", _U32),
+        ("maxGroupCountY", _U32),
+        ("maxGroupCountZ", _U32),
+        ("maxSharedLocalMemory", _U32),
+        ("numSubGroupSizes", _U32),
+        ("subGroupSizes", _U32 * 8),
+    )
+
+
+class ModuleDesc(ctypes.Structure):
+    _fields_ = (
+        *_HEAD,
+        ("format", ctypes.c_int),
+        ("inputSize", _SIZE),
+        ("pInputModule", ctypes.c_char_p),
+        ("pBuildFlags", ctypes.c_char_p),
+        ("pConstants", _PTR),
+    )
+
+
+class KernelDesc(ctypes.Structure):
+    _fields_ = (*_HEAD, ("flags", _U32), ("pKernelName", ctypes.c_char_p))
+
+
+class KernelProperties(ctypes.Structure):
+    _fields_ = (
+        *_HEAD,
+        ("numKernelArgs", _U32),
+        ("requiredGroupSizeX", _U32),
+        ("requiredGroupSizeY", _U32),
+        ("requiredGroupSizeZ", _U32),
+        ("requiredNumSubGroups", _U32),
+        ("requiredSubgroupSize", _U32),
+        ("maxSubgroupSize", _U32),
+        ("maxNumSubgroups", _U32),
+        ("localMemSize", _U32),
+        ("privateMemSize", _U32),
+        ("spillMemSize", _U32),
+        ("uuid", ctypes.c_ubyte * 32),
+    )
+
+
+class GroupCount(ctypes.Structure):
+    _fields_ = (("groupCountX", _U32), ("groupCountY", _U32), ("groupCountZ", _U32))
+
+
 STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "ze_driver_properties_t": DriverProperties,
     "ze_device_properties_t": DeviceProperties,
@@ -297,6 +394,11 @@ STRUCTURES: dict[str, type[ctypes.Structure]] = {
     "ze_event_desc_t": EventDesc,
     "ze_device_mem_alloc_desc_t": DeviceMemDesc,
     "ze_host_mem_alloc_desc_t": HostMemDesc,
+    "ze_device_compute_properties_t": ComputeProperties,
+    "ze_module_desc_t": ModuleDesc,
+    "ze_kernel_desc_t": KernelDesc,
+    "ze_kernel_properties_t": KernelProperties,
+    "ze_group_count_t": GroupCount,
 }
 
 
@@ -309,18 +411,29 @@ def _ctype(word: str) -> Any:
 # -- the library -----------------------------------------------------------------------------------
 
 
+@dataclass
+class Shared:
+    """A context of Level Zero's, and how many devices are open in it."""
+
+    handle: int
+    users: int = 0
+    kept: bool = False
+    """Something in it was never given back: it stays until the process ends."""
+
+
 class Api:
     """The functions of one loader, as attributes. One that is missing raises Unsupported when it is
     used. Raises HalError when the loader lacks what nothing works without."""
 
     def __init__(self, library: Library) -> None:
-        lacking = []
+        lacking, off = [], set()
         for row in FUNCTIONS:
             try:
                 function = library[row.name]
             except AttributeError:
                 if not row.optional:
                     lacking.append(row.name)
+                off |= {row.group} - {""}
                 continue
             function.argtypes = tuple(_ctype(word.strip()) for word in row.types.split(","))
             function.restype = ctypes.c_int
@@ -332,6 +445,11 @@ class Api:
                 driver=NAME,
                 op="open",
             )
+        self.off = frozenset(off)
+        """Groups that the loader cannot serve."""
+        self.contexts: dict[int, Shared] = {}
+        """By driver: a process has one of each, so that its devices reach each other's memory."""
+        self.lock = threading.Lock()
         try:
             library["drivetrain_fake"]
             self.is_fake = True

@@ -1,8 +1,9 @@
-"""One Intel device, open in this process, through Level Zero: memory, copies, streams, events."""
+"""One Intel device, open in this process, through Level Zero."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +14,7 @@ from drivetrain.hal.drivers.level_zero import GROUPS
 from drivetrain.hal.drivers.level_zero_api import (
     NAME,
     Api,
+    ComputeProperties,
     DeviceProperties,
     DriverProperties,
     MemoryAccessProperties,
@@ -25,6 +27,7 @@ from drivetrain.hal.drivers.level_zero_api import (
 )
 from drivetrain.hal.drivers.level_zero_context import Context
 from drivetrain.hal.drivers.level_zero_memory import ALIGNMENT, Memory
+from drivetrain.hal.drivers.level_zero_modules import Modules
 from drivetrain.hal.drivers.level_zero_streams import Streams
 
 _CLOSE_WAIT_S = 5.0
@@ -118,6 +121,23 @@ def _pci(api: Api, device: int) -> str:
     return f"{at.domain:04x}:{at.bus:02x}:{at.device:02x}.{at.function:x}"
 
 
+def reaches(api: Api, device: Seen, other: Seen) -> bool:
+    """Whether the device may read and write the memory of another one."""
+    if device.driver != other.driver or not api.has("zeDeviceCanAccessPeer"):
+        return False
+    able = ctypes.c_ubyte()
+    code = api.zeDeviceCanAccessPeer(device.handle, other.handle, ctypes.byref(able))
+    return not code and bool(able.value)
+
+
+def groups_of(api: Api, device: Seen, devices: Sequence[Seen]) -> frozenset[str]:
+    """What is declared of a device; ``devices`` are all that there are."""
+    off = set(api.off)
+    if not any(reaches(api, device, other) for other in devices if other is not device):
+        off.add("peer")
+    return GROUPS - off
+
+
 # -- the backend -----------------------------------------------------------------------------------
 
 
@@ -147,13 +167,19 @@ class LevelZeroBackend:
                 context, ordinal, facts.timerResolution * 1e-9, facts.timestampValidBits or 64
             )
             self._memory = memory = Memory(context, streams, here.memory_bytes, pattern)
-            self.groups = GROUPS - self._lacking()
+            self.groups = groups_of(api, here, devices) - self._lacking()
+            self.limits = self._limits()
         except BaseException:
             context.release()
             raise
+        self._modules = modules = Modules(context, streams, self.limits.threads)
         self.alignment = ALIGNMENT
-        self.limits = Limits((1, 1, 1), (1, 1, 1), 1, 0)  # it launches nothing
-        self.target = Target(NAME, version=str(here.driver_version))
+        self.target = Target(
+            NAME,
+            arch=f"{facts.deviceId:04x}",
+            features=("binary_only",),
+            version=str(here.driver_version),
+        )
         # The parts answer for themselves.
         self.synchronize = streams.synchronize
         self.stream_create = streams.stream_create
@@ -171,6 +197,12 @@ class LevelZeroBackend:
         self.free = memory.free
         self.copy = memory.copy
         self.fill = memory.fill
+        self.module_load = modules.load
+        self.module_unload = modules.unload
+        self.function = modules.function
+        self.function_arguments = modules.arguments
+        self.function_facts = modules.facts
+        self.launch = modules.launch
 
     def _queue_group(self) -> tuple[int, int]:
         """(number, bytes of the longest pattern that it fills with) of the first group of queues
@@ -200,6 +232,19 @@ class LevelZeroBackend:
             lacking.add("managed")
         return frozenset(lacking)
 
+    def _limits(self) -> Limits:
+        context, api = self._context, self._context.api
+        if "compute" not in self.groups:
+            return Limits((1, 1, 1), (1, 1, 1), 1, 0)
+        told = ComputeProperties(Ze.STRUCTURE_TYPE_DEVICE_COMPUTE_PROPERTIES)
+        context.call(api.zeDeviceGetComputeProperties, context.device, ctypes.byref(told))
+        return Limits(
+            (told.maxGroupCountX, told.maxGroupCountY, told.maxGroupCountZ),
+            (told.maxGroupSizeX, told.maxGroupSizeY, told.maxGroupSizeZ),
+            told.maxTotalGroupSize,
+            told.maxSharedLocalMemory,
+        )
+
     def close(self) -> None:
         context, give = self._context, GivingBack()
         if context.closed:
@@ -211,6 +256,7 @@ class LevelZeroBackend:
                     give(lambda: done.append(self.synchronize(_CLOSE_WAIT_S)))
             # What is left when the work does not end is the driver's, until the process ends.
             if done == [True]:
+                give(self._modules.close)
                 give(self._memory.close)
                 give(self._streams.close)
         finally:
@@ -224,3 +270,27 @@ class LevelZeroBackend:
 
     def calls(self) -> Calls:
         return Calls()
+
+    # -- group peer ------------------------------------------------------------------------------
+
+    def peer_enable(self, other: object) -> bool:
+        if other is self:
+            return True
+        if not isinstance(other, LevelZeroBackend):
+            return False
+        # Memory belongs to a context; devices of one driver share the process's, but for one that
+        # was opened after something was lost in it.
+        if other._context.handle != self._context.handle or "peer" not in self.groups:
+            return False
+        context, able = self._context, ctypes.c_ubyte()
+        ask = context.api.zeDeviceCanAccessPeer
+        context.call(ask, context.device, other._context.device, ctypes.byref(able))
+        return bool(able.value)
+
+    def copy_peer(self, dst: int, src: int, nbytes: int, other: object, stream: int) -> None:
+        if not isinstance(other, LevelZeroBackend):
+            raise self._context.error(
+                "invalid", "copy_peer", f"{other!r} is no device of this driver"
+            )
+        if nbytes:
+            self._streams.append(stream, "zeCommandListAppendMemoryCopy", dst, src, nbytes)

@@ -1,4 +1,5 @@
-"""A Level Zero device with a context of its own: calls, and results turned into errors."""
+"""A Level Zero device in the process's context of its driver: calls, and results turned into
+errors."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from drivetrain.errors import DeviceLost, HalError, OutOfMemory, Unsupported
-from drivetrain.hal.drivers.level_zero_api import NAME, Api, ContextDesc, Ze, word
+from drivetrain.hal.drivers.level_zero_api import NAME, Api, ContextDesc, Shared, Ze, word
 
 LOST = frozenset({Ze.RESULT_ERROR_DEVICE_LOST, Ze.RESULT_ERROR_DEVICE_REQUIRES_RESET})
 """After one of these every further call for the device fails."""
@@ -31,10 +32,17 @@ class Context:
         self.free_and_total: Callable[[], tuple[int, int]] = lambda: (0, 0)
         self.closed = False
         self._over: Callable[[str], HalError] | None = None
-        box = ctypes.c_void_p()
-        desc = ContextDesc(Ze.STRUCTURE_TYPE_CONTEXT_DESC)
-        self.call(api.zeContextCreate, driver, ctypes.byref(desc), ctypes.byref(box))
-        self.handle = int(box.value or 0)
+        self._driver = driver
+        with api.lock:
+            found = api.contexts.get(driver)
+            if found is None:
+                box = ctypes.c_void_p()
+                desc = ContextDesc(Ze.STRUCTURE_TYPE_CONTEXT_DESC)
+                self.call(api.zeContextCreate, driver, ctypes.byref(desc), ctypes.byref(box))
+                found = api.contexts[driver] = Shared(int(box.value or 0))
+            found.users += 1
+        self._shared = found
+        self.handle = found.handle
 
     @property
     def lost(self) -> bool:
@@ -121,7 +129,14 @@ class Context:
         """Let go of the context, or with ``keep`` leave it to the driver. Later calls raise."""
         lost, self.closed = self.lost, True
         self._over = lambda op: self.error("closed", op, "the device was closed; open it again")
-        if not lost and not keep:
-            code = self.api.zeContextDestroy(self.handle)
+        shared, api = self._shared, self.api
+        with api.lock:
+            shared.users -= 1
+            shared.kept |= lost or keep
+            last = not shared.users
+            if api.contexts.get(self._driver) is shared and (last or shared.kept):
+                del api.contexts[self._driver]
+        if last and not shared.kept:
+            code = api.zeContextDestroy(self.handle)
             if code:
                 raise self.failure("zeContextDestroy", code)

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import threading
 from collections import deque
 from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
 
 from drivetrain.errors import HalError
 from drivetrain.hal.drivers.giving_back import GivingBack
@@ -27,6 +29,11 @@ from drivetrain.hal.drivers.level_zero_context import Context
 from drivetrain.hal.drivers.waits import wait_until
 
 _IN_A_POOL = 128
+_holding = threading.Lock()
+"""Of the counts of holders. No call is made under it: devices do not wait for one another."""
+_numbers = itertools.count(1)
+_owners: WeakValueDictionary[int, Streams] = WeakValueDictionary()
+"""Of the events of all open devices, by number."""
 
 
 @dataclass
@@ -34,6 +41,7 @@ class Signal:
     """One of Level Zero's events, and how many hold it."""
 
     handle: int
+    pool: Signals
     holders: int = 1
     stamp: int = 0
     """Address of the device's clock at that point, 8 bytes of host memory; 0: not written."""
@@ -78,21 +86,22 @@ class Signals:
             except HalError:
                 self._free.append(handle)
                 raise
-            return Signal(handle, stamp=self._stamp_of[handle])
+            return Signal(handle, self, stamp=self._stamp_of[handle])
 
     def hold(self, signal: Signal) -> Signal:
-        with self._context.lock:
+        with _holding:
             signal.holders += 1
             return signal
 
     def let(self, signal: Signal | None) -> None:
-        """One holder less; the last one's goes back once it is set."""
+        """One holder less; the last one's goes back, to the device that it is of, once it is
+        set."""
         if signal is None:
             return
-        with self._context.lock:
+        with _holding:
             signal.holders -= 1
             if not signal.holders:
-                self._unset.append(signal)
+                signal.pool._unset.append(signal)
 
     def give_back(self, signal: Signal) -> None:
         """It was taken and never queued."""
@@ -112,7 +121,7 @@ class Signals:
 
     def _grow(self) -> None:
         context, api = self._context, self._context.api
-        box, device = ctypes.c_void_p(), ctypes.c_void_p(context.device)
+        box = ctypes.c_void_p()
         host = HostMemDesc(Ze.STRUCTURE_TYPE_HOST_MEM_ALLOC_DESC)
         context.call(
             api.zeMemAllocHost, context.handle, ctypes.byref(host), 8 * _IN_A_POOL, 64,
@@ -123,10 +132,10 @@ class Signals:
         desc = EventPoolDesc(
             Ze.STRUCTURE_TYPE_EVENT_POOL_DESC, None, Ze.EVENT_POOL_FLAG_HOST_VISIBLE, _IN_A_POOL
         )
+        # For every device of the driver: one waits for the work of another.
         context.call(
-            api.zeEventPoolCreate, context.handle, ctypes.byref(desc), 1, ctypes.byref(device),
-            ctypes.byref(box),
-        )  # fmt: skip
+            api.zeEventPoolCreate, context.handle, ctypes.byref(desc), 0, None, ctypes.byref(box)
+        )
         pool = int(box.value or 0)
         self._pools.append(pool)
         for index in range(_IN_A_POOL):
@@ -167,7 +176,6 @@ class Streams:
         self._ending: list[Line] = []
         self._events: dict[int, tuple[bool, Signal | None]] = {}
         """Number -> (made for timing, the signal of the last recording)."""
-        self._numbers = itertools.count(1)
 
     # -- streams ---------------------------------------------------------------------------------
 
@@ -240,6 +248,14 @@ class Streams:
             line.fence, line.behind, line.waits_for = signal, False, []
             return signal
 
+    def fences(self) -> list[Signal]:
+        """Signals that are set when all that was queued on any stream so far is done; who asks
+        holds them."""
+        with self._context.lock:
+            found = [self.fence(stream) for stream in self._lines]
+            found += [line.fence for line in self._ending]
+            return [self.signals.hold(signal) for signal in found if signal is not None]
+
     def _tidy(self, line: Line) -> None:
         while line.passed and self.signals.is_set(line.passed[0][0]):
             fence, others = line.passed.popleft()
@@ -269,15 +285,32 @@ class Streams:
         context = self._context
         with context.lock:
             line = self._line(stream)
-            signal = self._event(event)[1]
+            signal = self._held(event)
             if signal is None:
                 return
             one = ctypes.c_void_p(signal.handle)
             line.behind = True
-            context.call(
-                context.api.zeCommandListAppendBarrier, line.handle, None, 1, ctypes.byref(one)
-            )
-            line.waits_for.append(self.signals.hold(signal))
+            try:
+                context.call(
+                    context.api.zeCommandListAppendBarrier, line.handle, None, 1, ctypes.byref(one)
+                )
+            except HalError:
+                self.signals.let(signal)
+                raise
+            line.waits_for.append(signal)
+
+    def _held(self, event: int) -> Signal | None:
+        """The signal of an event's last recording, this device's or another's, held."""
+        while True:
+            owner = _owners.get(event, self)
+            signal = owner._event(event)[1]
+            if signal is None:
+                return None
+            with _holding:
+                if signal.holders:
+                    signal.holders += 1
+                    return signal
+            # It was recorded anew in between.
 
     def stream_destroy(self, stream: int) -> None:
         """The list goes once its work is done: a list in use must not be destroyed."""
@@ -315,12 +348,14 @@ class Streams:
     def event_create(self, timing: bool) -> int:
         if self._context.lost:
             self._context.code(self._context.api.zeEventCreate)
-        number = next(self._numbers)
+        number = next(_numbers)
         self._events[number] = timing, None
+        _owners[number] = self
         return number
 
     def event_destroy(self, event: int) -> None:
         self._event(event)
+        _owners.pop(event, None)
         self.signals.let(self._events.pop(event)[1])
 
     def event_record(self, event: int, stream: int) -> None:

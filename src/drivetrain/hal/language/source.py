@@ -20,6 +20,7 @@ FORMS: Mapping[str, tuple[str, ...]] = {
     "cuda": ("ptx", "cubin"),
     "hip": ("hsaco",),
     "opencl": ("cl", "spirv", "clbin"),
+    "level_zero": ("spirv",),
     "cpu": ("so",),
 }
 """What each kind of target loads. ``clbin`` is an OpenCL platform's own binary (an FPGA's)."""
