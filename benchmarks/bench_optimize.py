@@ -6,8 +6,8 @@ planted wrong step is offered to ``optimize``.
 
 python benchmarks/bench_optimize.py [convnet|transformer] [--small] [--device ADDRESS] [--untuned]
 
-``--untuned`` leaves the two max-autotune modes out of the exhaustive search, and says so in each
-line: tuning the kernels of the large convnet takes several minutes for each of its eight plans.
+``--untuned`` leaves the two max-autotune modes out of the exhaustive search: tuning the kernels of
+the large convnet takes many minutes. The line says so, and times of searches are not compared.
 """
 
 from __future__ import annotations
@@ -143,15 +143,16 @@ def measure(case: Case, device: torch.device, report: Report, modes: Sequence[st
             f"{kept or 'eager'} against {names}{beside}",
         )
     )
-    report.add(
-        Gate(
-            f"{case.name}: time of the search against all",
-            ours_s / all_s,
-            1 / 3,
-            "x",
-            detail=f"{ours_s:.0f} s against {all_s:.0f} s for {count} plans{beside}",
+    if not beside:
+        report.add(
+            Gate(
+                f"{case.name}: time of the search against all",
+                ours_s / all_s,
+                1 / 3,
+                "x",
+                detail=f"{ours_s:.0f} s against {all_s:.0f} s for {count} plans",
+            )
         )
-    )
     report.add(Gate(f"{case.name}: error on unseen inputs", error, TOLERANCE))
     report.add(
         Gate(
