@@ -2,7 +2,7 @@
 # make test    lint, types, room order and all quick tests
 # make judge-torch    torch's own suites of operations, modules and optimizers on a custom device
 # make soak    each long proof in full
-# make test-vendors   what needs a heavy package: Triton's compilers (1 GB on disk), SYCL with Intel's runtime (1.6 GB), AMD's hiprtc and headers
+# make test-vendors   what needs a heavy package: Triton's compilers (1 GB on disk), SYCL with Intel's runtime (1.6 GB), AMD's hiprtc, Level Zero, promtool
 # make bench   times and ratios; ends 1 on a miss
 # make gpu-check [PYTHON=python3] [WHEELS=folder]   all that needs a GPU
 # make setup   ./.venv with the project installed; the others call it
@@ -15,6 +15,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 READY := .venv/.ready
 VENDORS := $(CURDIR)/build/vendors
+PROMTOOL := $(VENDORS)/debian/usr/bin/promtool
 NATIVE := $(wildcard src/drivetrain/hal/*.c src/drivetrain/hal/*.h)
 
 help:
@@ -38,9 +39,13 @@ lint: setup
 test: lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Folders of their own: in .venv torch would find Triton and use it. SYCL's wheels have libraries that
-# pip leaves out with --target.
+# Folders of their own: in .venv torch would find Triton and use it, and Debian's package prometheus
+# starts a server. SYCL's wheels have libraries that pip leaves out with --target.
 test-vendors: setup
+	@tools/debian.sh libamdhip64-5 libamdhip64-dev libhiprtc-builtins5 libze1 libze-dev
+	@test -x $(PROMTOOL) || (mkdir -p $(VENDORS)/debian && cd $(VENDORS)/debian && \
+	    apt-get download -qq prometheus 2>/dev/null && dpkg -x prometheus_*.deb . && rm prometheus_*.deb) || \
+	    echo "setup: no promtool here, and Debian's package prometheus cannot be had" >&2
 	@test -d $(VENDORS)/triton || $(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	    --no-deps --target $(VENDORS) triton==3.9.0
 	@DRIVETRAIN_TEST_TRITON=$(VENDORS) $(BIN)/python -m pytest tests/hal/language/test_triton.py \
@@ -48,6 +53,8 @@ test-vendors: setup
 	    tests/hal/drivers/test_hip_header.py tests/hal/drivers/test_level_zero_header.py \
 	    tests/hal/telemetry/test_level_zero_metrics.py tests/hal/telemetry/test_rocprofiler.py -rs
 	@$(BIN)/python -m pytest tests/hal/kernels/test_compiled_for_amd.py -m "soak or not soak" -rs
+	@PATH="$(dir $(PROMTOOL)):$$PATH" $(BIN)/python -m pytest tests/runtime/test_alerts.py \
+	    tests/runtime/test_exporter.py -rs
 	@test -e $(VENDORS)/sycl/.ready || { $(BIN)/python -m pip install --quiet \
 	    --disable-pip-version-check --ignore-installed --prefix $(VENDORS)/sycl dpctl==0.22.1 \
 	    intel-opencl-rt==2026.2.0 intel-cmplr-lib-rt==2026.2.0 && touch $(VENDORS)/sycl/.ready; }

@@ -20,38 +20,13 @@ pick_python() {
     return 1
 }
 
-installed() { dpkg-query -W -f '${Status}' "$1" 2>/dev/null | grep -q 'ok installed'; }
-
-# Debian's packages: a compiler and Python's headers (the C extension, torch.compile) and PoCL
-# (OpenCL on a CPU). The project works without them; the tests that want one say so and skip.
-debian_packages() {
-    local missing=() name
-    command -v dpkg-query >/dev/null 2>&1 || { say "not Debian or Ubuntu: no system package is installed"; return 0; }
-    for name in g++ python3-dev pocl-opencl-icd ocl-icd-libopencl1 opencl-headers; do
-        installed "$name" || missing+=("$name")
-    done
-    # Debian splits venv off; an interpreter from elsewhere brings its own.
-    "$1" -c 'import ensurepip, venv' >/dev/null 2>&1 || missing+=(python3-venv)
-    [ ${#missing[@]} -gt 0 ] || return 0
-    if [ "$(id -u)" -ne 0 ]; then
-        say "not root, so these Debian packages stay missing: ${missing[*]}"
-        return 0
-    fi
-    say "installing ${missing[*]}"
-    install_all "${missing[@]}" && return 0
-    apt-get update -qq >&2 || say "apt-get update failed"
-    install_all "${missing[@]}" && return 0
-    for name in "${missing[@]}"; do
-        install_all "$name" || say "could not be installed, goes without: $name"
-    done
-}
-
-install_all() {
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null 2>&1
-}
-
 python=$(pick_python)
-debian_packages "$python"
+# A compiler and Python's headers (the C extension, torch.compile) and PoCL (OpenCL on a CPU). The
+# project works without them; the tests that want one say so and skip.
+packages=(g++ python3-dev pocl-opencl-icd ocl-icd-libopencl1 opencl-headers)
+# Debian splits venv off; an interpreter from elsewhere brings its own.
+"$python" -c 'import ensurepip, venv' >/dev/null 2>&1 || packages+=(python3-venv)
+tools/debian.sh "${packages[@]}"
 
 if [ -x .venv/bin/python ] && ! fits .venv/bin/python; then
     say ".venv holds a Python older than 3.11 or a broken one; making it anew"
