@@ -7,6 +7,7 @@ says nothing, that process lives and tells what came of it.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,3 +68,47 @@ def test_every_fault_at_every_call(proof: Proof, driver: str) -> None:
     found = proof(driver, limit_s=3000)
     assert found["wrong"] == []
     assert found["tried"] == found["all"] > 800
+
+
+PROBED = """
+import json
+from drivetrain import hal
+from drivetrain.hal.probe import probe
+devices = hal.devices("{driver}")
+verdicts = probe(devices, limit_s=4)
+print(json.dumps([[v.usable, v.reason] for v in verdicts.values()]))
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    ("driver", "fault"),
+    [
+        ("cuda", "FAKE_CUDA_FAULT=cuMemAllocAsync:0:hang"),
+        ("hip", "FAKE_HIP_FAULT=hipMallocAsync:0:hang"),
+        ("level_zero", "FAKE_ZE_FAULT=zeMemAllocDevice:0:hang"),
+    ],
+)
+def test_a_library_that_hangs_in_the_probe_makes_a_device_unusable(
+    fake_library: Any, driver: str, fault: str
+) -> None:
+    """The process that asked goes on; so does the list of devices."""
+    variable, _, value = fault.partition("=")
+    selected = f"DRIVETRAIN_{driver.upper()}_LIBRARY"
+    done = subprocess.run(
+        [sys.executable, "-c", PROBED.format(driver=driver)],
+        env={
+            **os.environ,
+            variable: value,
+            selected: str(fake_library(FAKES[driver])),
+            "DRIVETRAIN_DISCOVERY_LIMIT_S": "8",
+        },
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    verdicts = json.loads(done.stdout)
+    assert [usable for usable, _ in verdicts] == [False, False]
+    assert all("4 s" in reason for _, reason in verdicts), verdicts
