@@ -50,7 +50,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "with-shim"
     done = subprocess.run(
-        [sys.executable, "-m", "drivetrain.pytorch.custom.shim"],
+        [sys.executable, "-W", "error", "-m", "drivetrain.pytorch.custom.shim"],
         capture_output=True,
         text=True,
         check=False,

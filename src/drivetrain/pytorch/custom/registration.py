@@ -17,7 +17,6 @@ from drivetrain.pytorch.custom import (
     dlpack_export,
     dynamo,
     lazy,
-    shim,
     sparse,
     storage,
     streams,
@@ -222,6 +221,8 @@ def _check(backend: Any) -> None:
 
 
 def _registered(runtime: Runtime, registrar: Registrar) -> Handle:
+    from drivetrain.pytorch.custom import shim  # also a program, by python -m
+
     private: Any = torch
     reason = shim.use(runtime)
     module = Namespace(runtime)

@@ -150,8 +150,9 @@ def _open(*, make: bool) -> Path | None:
     """The folder if it is ours alone, None if it is not there. Raises CannotBuild."""
     where = folder()
     try:
-        if make:
-            where.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if make:  # the one above it is the kernels', which must be ours alone as well
+            for each in (where.parent, where):
+                each.mkdir(mode=0o700, parents=True, exist_ok=True)
         facts = os.lstat(where)
     except FileNotFoundError:
         return None
