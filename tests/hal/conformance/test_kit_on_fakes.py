@@ -67,7 +67,7 @@ def wrong(report: dict[str, Any]) -> list[str]:
     [
         ("cuda", ["events", "kernels.dynamic_shared"]),
         ("hip", ["events", "kernels.dynamic_shared"]),
-        ("level_zero", ["copies", "peer"]),
+        ("level_zero", ["copies", "peer", "kernels"]),
         ("sycl", ["copies"]),
     ],
 )
