@@ -348,7 +348,7 @@ class Run:
             self.raised.append(error)
         except Exception as error:
             self.wrong = f"the script saw {error!r} after {self.reached!r}"
-        for backend in reversed(opened):
+        for backend in opened:  # the first one may still be copying from the other one's memory
             try:
                 backend.close()
             except HalError as error:
@@ -397,7 +397,7 @@ def left(vendor: Vendor, fake: Fake, symbol: str) -> str:
     """What was not given back. A call that gives something back and fails kept that."""
     fake.forgive()
     kept = int(any(word in symbol for word in ("Free", "Destroy", "Unload")))
-    kept += symbol == "zeEventDestroy"  # the pool that it lies in
+    kept += symbol in ("zeEventDestroy", "zeKernelDestroy")  # the pool or module that it lies in
     counts = fake.live(), fake.things()
     return f"{counts} are left of memory and things" if sum(counts) > kept else ""
 

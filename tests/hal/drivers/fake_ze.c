@@ -1,7 +1,7 @@
 /* A stand-in for libze_loader with a driver and devices behind it: the functions that the level_zero
  * driver binds. See fake_core.h for what it is and how it is told to fail. It is strict: a command that
- * could overtake the one before it (no barrier between), a signal that was not reset, a list or a
- * module that is destroyed while it works, memory of another context, are errors.
+ * could overtake the one before it (no barrier between), a signal that was not reset, a list, a module
+ * or an event that is destroyed while something needs it, memory of another context, are errors.
  *
  * Its SPIR-V is a header of five words with a shared object of the cpu driver behind it.
  */
@@ -251,6 +251,9 @@ int zeEventCreate(Pool *p, struct EventDesc *desc, Event **out) {
 }
 int zeEventDestroy(Event *e) {
     BARE(NULL);
+    for (Stream *s = streams; s; s = s->next)
+        for (Op *op = s->head; op; op = op->next)
+            if (op->what == WAIT && op->mark == e->mark) return leave(INVALID); /* it will look at it */
     e->pool->left--, live_things--;
     unmark(e->mark), free(e);
     return leave(OK);

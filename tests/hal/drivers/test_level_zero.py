@@ -192,6 +192,26 @@ def test_devices_copy_from_one_another(make: Make, fake: Fake) -> None:
         alone.copy_peer(alone.alloc(64, Kind.DEVICE, stream), there, 64, stranger, stream)
 
 
+def test_a_device_that_is_closed_leaves_what_others_wait_for(
+    fake: Fake, fake_object: bytes
+) -> None:
+    api = Api(fake)
+    one, two = (LevelZeroBackend(info(index), api) for index in range(2))
+    stream, beyond = one.stream_create(0), two.stream_create(0)
+    gate = ctypes.c_int32(0)
+    hold = one.function(one.module_load(spirv(fake_object), "spirv"), "hold")
+    launch(one, hold, stream, ctypes.addressof(gate))
+    done = two.event_create(False)
+    two.event_record(done, beyond)
+    one.stream_wait(stream, done)  # it has not come to it when the other device goes
+    two.close()
+    assert not one.stream_done(stream)
+    gate.value = 1
+    assert one.stream_synchronize(stream, 10)
+    one.close()
+    assert (fake.live(), fake.things()) == (0, 0)
+
+
 def test_peers_are_declared_only_where_the_driver_says_so(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

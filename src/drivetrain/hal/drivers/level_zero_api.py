@@ -13,8 +13,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -419,6 +419,8 @@ class Shared:
     users: int = 0
     kept: bool = False
     """Something in it was never given back: it stays until the process ends."""
+    at_end: list[Callable[[], None]] = field(default_factory=list)
+    """Gives back what a closed device left because others may still wait for it."""
 
 
 class Api:

@@ -125,6 +125,10 @@ class Context:
             device=self.address,
         )
 
+    def at_end(self, give_back: Callable[[], None]) -> None:
+        """Call it when the last device of the driver is closed."""
+        self._shared.at_end.append(give_back)
+
     def release(self, *, keep: bool = False) -> None:
         """Let go of the context, or with ``keep`` leave it to the driver. Later calls raise."""
         lost, self.closed = self.lost, True
@@ -137,6 +141,8 @@ class Context:
             if api.contexts.get(self._driver) is shared and (last or shared.kept):
                 del api.contexts[self._driver]
         if last and not shared.kept:
+            for give_back in shared.at_end:
+                give_back()
             code = api.zeContextDestroy(self.handle)
             if code:
                 raise self.failure("zeContextDestroy", code)

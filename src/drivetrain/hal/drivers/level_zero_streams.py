@@ -14,6 +14,8 @@ import itertools
 import threading
 from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 from weakref import WeakValueDictionary
 
 from drivetrain.errors import HalError
@@ -153,16 +155,25 @@ class Signals:
             self._stamp_of[handle] = stamps + 8 * index
 
     def close(self) -> None:
+        """Give all of them back; later, if a stream of another device may still wait for one."""
         context, api = self._context, self._context.api
-        give = GivingBack()
-        for handle in self._all:
-            give(context.call, api.zeEventDestroy, handle)
-        for pool in self._pools:
-            give(context.call, api.zeEventPoolDestroy, pool)
-        for stamps in self._stamps:
-            give(context.call, api.zeMemFree, context.handle, stamps)
+        calls: list[tuple[Any, ...]] = [(api.zeEventDestroy, handle) for handle in self._all]
+        calls += [(api.zeEventPoolDestroy, pool) for pool in self._pools]
+        calls += [(api.zeMemFree, context.handle, stamps) for stamps in self._stamps]
+        lent = len(self._all) > len(self._free) + len(self._unset)
         self._all, self._pools, self._stamps, self._free = [], [], [], []
+        if lent:
+            context.at_end(partial(_each, calls))
+            return
+        give = GivingBack()
+        for call in calls:
+            give(context.call, *call)
         give.end()
+
+
+def _each(calls: list[tuple[Any, ...]]) -> None:
+    for function, *arguments in calls:
+        function(*arguments)
 
 
 class Streams:
