@@ -80,19 +80,20 @@ class Modules:
             raise self._not_taken("this is no SPIR-V: it does not begin with its magic number")
         with context.lock:
             self._collect()
-            box, log = ctypes.c_void_p(), ctypes.c_void_p()
-            desc = ModuleDesc(
-                Ze.STRUCTURE_TYPE_MODULE_DESC, None, Ze.MODULE_FORMAT_IL_SPIRV, len(code), code, b""
-            )
-            result = context.code(
-                api.zeModuleCreate,
-                context.handle,
-                context.device,
-                ctypes.byref(desc),
-                ctypes.byref(box),
-                ctypes.byref(log),
-            )
-            said = self._told(int(log.value or 0))
+        # Without the lock: compiling takes its time, and other work of the device goes on.
+        box, log = ctypes.c_void_p(), ctypes.c_void_p()
+        desc = ModuleDesc(
+            Ze.STRUCTURE_TYPE_MODULE_DESC, None, Ze.MODULE_FORMAT_IL_SPIRV, len(code), code, b""
+        )
+        result = context.code(
+            api.zeModuleCreate,
+            context.handle,
+            context.device,
+            ctypes.byref(desc),
+            ctypes.byref(box),
+            ctypes.byref(log),
+        )
+        said = self._told(int(log.value or 0))
         if result in _NOT_TAKEN:
             raise self._not_taken(
                 f"the driver does not take this SPIR-V: {word(result)}"
