@@ -384,6 +384,7 @@ def test_threads_allocate_while_another_one_holds_pythons_lock(
     torch_side = ctypes.CDLL(library_path())
     threads = ctypes.PyDLL(str(threads_path))
     fake = ctypes.CDLL(str(fake_cuda_path))
+    fake.fake_unified(1)  # the threads write into what they are given
     with FakePool(fake, limit=1 << 30) as (pool, streams):
         assert torch_side.dt_torch_serve(0, ctypes.c_void_p(pool)) == 0
         try:
@@ -404,6 +405,7 @@ def test_threads_allocate_while_another_one_holds_pythons_lock(
             assert read(pool).reserved < counts.reserved
         finally:
             torch_side.dt_torch_serve(0, None)
+            fake.fake_unified(0)
 
 
 def test_the_control_a_callback_into_python_would_wait_for_the_lock(threads_path: Path) -> None:

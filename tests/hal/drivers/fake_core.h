@@ -69,7 +69,7 @@ static void drop_exec(struct Exec *exec);
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static Device devices[MOST_DEVICES];
-static int device_count, configured, version, logging, open_count;
+static int unified, device_count, configured, version, logging, open_count;
 static uint64_t memory_bytes = (uint64_t)1 << 30;
 static unsigned delay_us;
 static Allocation *allocations;
@@ -145,6 +145,8 @@ int fake_live(void) {
     return found;
 }
 int fake_fired(void) { return fired; }
+/* Memory of a device is the host's, too, from now on, as where the two share one. */
+void fake_unified(int on) { unified = on; }
 int fake_things(void) {
     pthread_mutex_lock(&lock);
     int found = live_things;
@@ -222,7 +224,7 @@ static uint64_t take(Device *device, size_t bytes, int kind) {
     }
     if (arena_used + bytes + 2 * PAGE > ARENA) no_room();
     Allocation *a = calloc(1, sizeof *a);
-    char *base = kind == PINNED || kind == MANAGED ? inside : outside;
+    char *base = kind == PINNED || kind == MANAGED || unified ? inside : outside;
     *a = (Allocation){(uint64_t)(base + arena_used), bytes, kind, device, allocations, NULL};
     memset(inside + arena_used, 0xAB, bytes < PAGE ? bytes : PAGE);
     arena_used += (bytes + PAGE - 1) / PAGE * PAGE + PAGE; /* addresses are never used again */
