@@ -88,6 +88,8 @@ acts = dict(
     zeros_of_autograd_used=lambda: (torch._efficientzerotensor(3, device=D) + x).cpu(),
     number_for_a_tensor=lambda: torch.copysign(x, -1.5).tolist() == [-1] * 3 or 1 / 0,
     mixed=lambda: raises(RuntimeError, "same device", lambda: torch.mm(x[None], torch.ones(3, 1))),
+    mixed_without_data=lambda: raises(RuntimeError, "expected device",
+        lambda: x + torch.ones(3, device="meta")),
     out_resized=lambda: torch.add(x, 1, out=torch.empty(1, device=D).resize_(0)).tolist()
     == [2] * 3 or 1 / 0,
     other_storage=lambda: raises(RuntimeError, "different device",

@@ -222,6 +222,33 @@ print("end")
 """
 
 
+SEVERAL = """
+h = register(count=3)
+tensors = [torch.arange(3.0, device=d, requires_grad=True) for d in h.devices]
+for t in tensors:
+    results = (t + t, t.relu(), t.sort()[1], t @ t, t.sum(), torch.copysign(t, -1.0),
+               torch.lerp(t, t, 0.5), torch.ones((), device="cpu") * t)
+    assert {each.device for each in results} == {t.device}
+    (t.exp() * t).sum().backward()
+    assert t.grad.device == t.device
+one, other = (each.detach() for each in tensors[1:])
+for act in (lambda: one + other, lambda: torch.lerp(one, one, other), lambda: one.add_(other),
+            lambda: torch.cat([one, other]), lambda: torch.add(one, one, out=other)):
+    raises(RuntimeError, "same device", act)
+assert torch.equal(one.to(other.device), other)
+print("end")
+"""
+
+
+def test_operations_stay_on_their_device(run: Callable[..., str]) -> None:
+    assert "end" in run(SEVERAL)
+
+
+@pytest.mark.soak
+def test_operations_stay_on_their_device_with_the_shim(with_shim: Callable[..., str]) -> None:
+    assert "end" in with_shim(SEVERAL)
+
+
 @pytest.mark.parametrize("memory", ["shared", "visible", "opaque"])
 def test_a_tensor_of_the_device_is_a_tensor(run: Callable[..., str], memory: str) -> None:
     assert run(TENSORS.format(memory=memory)).split()[-1] == "end"

@@ -20,6 +20,7 @@ import torch
 EXTENSION = 12
 _HOST = 1
 _LABEL = 8  # offsetof(DLTensor, device): the type, then the index, 32 bits each
+_KIND = 0xFFFFFFFF
 
 _pointer: Any = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
@@ -54,12 +55,22 @@ def on_host(tensor: torch.Tensor) -> torch.Tensor:
         return torch._neg_view(on_host(torch._neg_view(tensor)))
     if tensor._is_zerotensor():  # autograd's zeros have no memory at all
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-    return relabelled(tensor, _HOST)
+    return plain_on_host(tensor)
 
 
 def plain_on_host(tensor: torch.Tensor) -> torch.Tensor:
-    """`on_host` for a tensor that is known to have no bits."""
-    return relabelled(tensor, _HOST)
+    """`on_host` for a tensor that is known to have no bits. Raises RuntimeError for one of another
+    device (a GPU), whose memory the host may not touch."""
+    capsule = _to(tensor)
+    place = _label(_pointer(capsule, _NAME) + _LABEL)
+    if place.value & _KIND != EXTENSION:
+        raise RuntimeError(
+            f"expected all tensors to be on the same device, but one is on {tensor.device}; move "
+            "it with .to()"
+        )
+    place.value = _HOST
+    found: torch.Tensor = _from(capsule)
+    return found
 
 
 class _Tensor(ctypes.Structure):

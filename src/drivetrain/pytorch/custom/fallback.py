@@ -228,7 +228,7 @@ def kernel_on_cpu(runtime: Runtime, op: Any) -> Callable[..., Any]:
     """What is registered for an operation that the backend has no kernel for."""
     plan = plan_of(op)
     general = partial(run_on_cpu, runtime, op)
-    simple = runtime.count == 1 and all(type(each) is Shared for each in runtime.memories)
+    simple = all(type(each) is Shared for each in runtime.memories)
     if not plan.plain or not simple:
         return lambda *args, **kwargs: general(args, kwargs)
     return _short_way(runtime, plan, general)
@@ -250,17 +250,17 @@ def boxed(runtime: Runtime) -> Callable[..., Any]:
 def _short_way(
     runtime: Runtime, plan: Plan, general: Callable[[Any, dict[str, Any]], Any]
 ) -> Callable[..., Any]:
-    """The same for tensors in and new tensors out, on the one device there is: no detours, since
-    a small operation takes no longer than its way here."""
+    """The same for tensors in and new tensors out, in memory of the host: no detours, since a small
+    operation takes no longer than its way here."""
     call = partial(plan.op._handle.redispatch_boxed, CPU_KEYS)
     table = runtime.fallbacks
     counts, accepted, name = table.counts, table.accepted, plan.name
     native = runtime.shim
     if native is None:
         host_of = on_host if plan.bits else plain_on_host
-        device_of, here = relabelled, label(0)
+        device_of, places = relabelled, [label(index) for index in range(runtime.count)]
     else:
-        host_of, device_of, here = native.host, native.device, 0
+        host_of, device_of, places = native.host, native.device, list(range(runtime.count))
     several = len(plan.returns) > 1
     tensors = plan.tensors
 
@@ -275,37 +275,43 @@ def _short_way(
             or name not in accepted
             or first.__class__ is not Tensor
             or second.__class__ is not Tensor
-            or first.is_cpu
-            or second.is_cpu
         ):
             return kernel(first, second, *rest, **kwargs)
+        index = first.get_device()
+        if index < 0 or second.get_device() != index:
+            return kernel(first, second)
         counts[name] += 1
-        return device_of(call(host_of(first), host_of(second)), here)
+        return device_of(call(host_of(first), host_of(second)), places[index])
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         hosts: list[Any] = []
         run: Callable[..., Any] = call
+        index = -1
         for each in args:
             if isinstance(each, Tensor):
-                if each.is_cpu:
-                    if each.dim():
+                its = each.get_device()
+                if its < 0:  # of the CPU, or without data
+                    if each.dim() or not each.is_cpu:
                         return general(args, kwargs)
                     hosts.append(each)
                 else:
+                    if its != index:
+                        if index >= 0:
+                            return general(args, kwargs)
+                        index = its
                     hosts.append(host_of(each))
             else:
                 hosts.append(each)
                 if each.__class__ in _NUMBERS and tensors[len(hosts) - 1]:
                     run = with_numbers
-        if kwargs:
-            for value in kwargs.values():
-                if isinstance(value, Tensor):
-                    return general(args, kwargs)
+        if index < 0 or any(isinstance(value, Tensor) for value in kwargs.values()):
+            return general(args, kwargs)
         if name in accepted:
             counts[name] += 1
         else:
             table.note(name)
         out = run(*hosts, **kwargs)
+        here = places[index]
         if several:
             return tuple(None if each is None else device_of(each, here) for each in out)
         return device_of(out, here)

@@ -449,6 +449,10 @@ void check_plain(const at::Tensor& tensor) {
 // The tensor of host-visible memory as one of the CPU; conj and neg bits are carried over.
 at::Tensor on_host(const at::Tensor& tensor) {
   check_plain(tensor);
+  TORCH_CHECK(
+      tensor.device().type() == kHere,
+      "expected all tensors to be on the same device, but one is on ", tensor.device(),
+      "; move it with .to()");
   if (tensor._is_zerotensor()) {  // autograd's zeros have no memory at all
     return at::zeros(tensor.sizes(), at::TensorOptions().dtype(tensor.dtype()).device(c10::kCPU));
   }
