@@ -317,12 +317,17 @@ def test_runtimes_that_lack_a_library_are_broken_and_the_package_is_named(
     (vendors / "intel64.icd").write_text(f"{intel}\n")
     seen = look(
         OCL_ICD_VENDORS=str(vendors),
-        DRIVETRAIN_HIP_LIBRARY=str(lacking(folder, "libamdhip64.so.6", "libhsakmt.so.1")),
+        DRIVETRAIN_HIP_LIBRARY=str(lacking(folder, "libamdhip64.so.6", "libhsakmt.so.99")),
+        DRIVETRAIN_CUDA_LIBRARY=str(lacking(folder, "libcuda.so.1", "libnothing.so.1")),
+        DRIVETRAIN_LEVEL_ZERO_LIBRARY=str(lacking(folder, "libze_loader.so.1", "libno.so.1")),
     )
-    assert seen.drivers["opencl"]["state"] == seen.drivers["hip"]["state"] == "broken"
+    asked = ("opencl", "hip", "cuda", "level_zero")
+    assert [seen.drivers[name]["state"] for name in asked] == ["broken"] * 4
+    assert "libnothing.so.1 is missing: install the package that has it" in lines(seen, "cuda")
+    assert "libno.so.1 is missing" in lines(seen, "level_zero")
     assert "intel64.icd: libimf.so: cannot open" in lines(seen, "opencl")
     assert "libimf.so is missing: pip install intel-cmplr-lib-rt" in lines(seen, "opencl")
-    assert "libhsakmt.so.1 is missing: reinstall ROCm" in lines(seen, "hip")
+    assert "libhsakmt.so.99 is missing: reinstall ROCm" in lines(seen, "hip")
     assert seen.doctor_code == 1
 
 

@@ -1,10 +1,11 @@
-"""What to do about a library that another one needs and that is not there, by the system loader's
-words."""
+"""What a library that cannot be loaded lacks, by the system loader's words, and what to do."""
 
 from __future__ import annotations
 
 import re
 from pathlib import PurePath
+
+from drivetrain.errors import DriverMissing, HalError
 
 _SAID = re.compile(r"([^\s:;()]+): cannot open shared object file")
 _PACKAGES = {
@@ -17,6 +18,14 @@ _PACKAGES = {
     "libamd_comgr": "reinstall ROCm (Debian: apt install libamd-comgr2)",
 }
 """Libraries that packages need without saying so, or that were seen to be left out."""
+
+
+def unloadable(name: str, error: OSError, *, driver: str, op: str = "") -> HalError:
+    """Why ``name``, a library's path or name, could not be loaded: `DriverMissing` where it is not
+    there, else `HalError`, as it is there and does not work."""
+    there = not str(error).startswith(f"{name}: cannot open shared object file")
+    kind, code = (HalError, "broken") if there else (DriverMissing, "driver_missing")
+    return kind(f"{name} cannot be loaded: {error}", code=code, driver=driver, op=op)
 
 
 def libraries(reason: str) -> list[str]:

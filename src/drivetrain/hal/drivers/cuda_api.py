@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
-from drivetrain.errors import DriverMissing, HalError, Unsupported
+from drivetrain.errors import HalError, Unsupported
+from drivetrain.hal import missing
 
 NAME = "cuda"
 LIBRARY = "libcuda.so.1"
@@ -532,14 +533,10 @@ def _has(library: Library, symbol: str) -> bool:
 
 @cache
 def load() -> Api:
-    """The ``libcuda`` that `SELECTED` names, else the machine's, bound once. Raises DriverMissing,
-    or HalError for one too old."""
-    selected = os.environ.get(SELECTED, "")
+    """The ``libcuda`` that `SELECTED` names, else the machine's, bound once. Raises DriverMissing
+    where it is not there, HalError for one that does not load or is too old."""
+    name = os.environ.get(SELECTED, "") or LIBRARY
     try:
-        library = ctypes.CDLL(selected or LIBRARY)
+        return Api(ctypes.CDLL(name))
     except OSError as error:
-        asked = f"{SELECTED}={selected}" if selected else LIBRARY
-        raise DriverMissing(
-            f"{asked} cannot be loaded: {error}", code="driver_missing", driver=NAME
-        ) from error
-    return Api(library)
+        raise missing.unloadable(name, error, driver=NAME) from error

@@ -19,7 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from drivetrain.errors import DriverMissing, HalError, Unsupported
+from drivetrain.errors import HalError, Unsupported
+from drivetrain.hal import missing
 from drivetrain.hal.drivers.cuda_api import Library
 
 NAME = "level_zero"
@@ -497,11 +498,10 @@ def find(names: Iterable[str], root: Path = Path("/")) -> str:
 
 @cache
 def load() -> Api:
-    """The machine's loader, or what `SELECTED` names, bound once. Raises DriverMissing."""
+    """The machine's loader, or what `SELECTED` names, bound once. Raises DriverMissing where it
+    is not there, HalError for one that does not load."""
     path = os.environ.get(SELECTED, "") or find([LOADER]) or LOADER
     try:
         return Api(ctypes.CDLL(path))
     except OSError as error:
-        raise DriverMissing(
-            f"{path} cannot be loaded: {error}", code="driver_missing", driver=NAME, op="open"
-        ) from error
+        raise missing.unloadable(path, error, driver=NAME, op="open") from error

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
-from drivetrain.errors import DriverMissing, HalError, Unsupported
+from drivetrain.errors import HalError, Unsupported
+from drivetrain.hal import missing
 from drivetrain.hal.drivers import opencl_loader
 
 NAME = "opencl"
@@ -548,7 +549,5 @@ def load() -> Api:
     except OSError as error:
         found = opencl_loader.load_wheels_loader()
         if found is None:
-            raise DriverMissing(
-                f"{LIBRARY} cannot be loaded: {error}", code="driver_missing", driver=NAME
-            ) from error
+            raise missing.unloadable(LIBRARY, error, driver=NAME) from error
         return Api(found)
