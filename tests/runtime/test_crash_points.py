@@ -337,9 +337,11 @@ def test_a_large_state_does_not_wait_for_the_dead(
     home.go.touch()
     assert hosted.wait(120) == 0
     assert hosted.result() == unmoved(*args[:4])
-    check_steps(step_log(home), repeats=16)
-    gaps = [(b["end_ns"] - a["end_ns"]) / 1e9 for a, b in pairwise(step_log(home))]
-    assert max(gaps) < 10
+    log = step_log(home)
+    check_steps(log, repeats=16)
+    for died in deaths(home):  # of the copy that trains, or of another one that it waits for
+        gap_s = min(step["end_ns"] - died for step in log if step["end_ns"] > died) / 1e9
+        assert gap_s < 10, f"it goes on {gap_s:.1f} s after the death"
     home.assert_nothing_left()
 
 
