@@ -17,7 +17,7 @@ import itertools
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def plans(subject: Subject, case: Case) -> list[tuple[Step, ...]]:
 
 
 def exhaustive(subject: Subject, case: Case, limit_s: float) -> tuple[Candidate, float, int, int]:
-    """The fastest right combination, the seconds that took, how many were tried and how many are."""
+    """The fastest right combination, the seconds it took, how many plans were tried, and all."""
     started = time.monotonic()
     eager = build(subject, ())
     best = eager

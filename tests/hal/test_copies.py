@@ -185,18 +185,23 @@ def test_both_legs_of_a_staged_copy_overlap(
     nbytes = 8 * copies.CHUNK_BYTES
     a, b = cpu.device.alloc(nbytes, stream=near), simulated.device.alloc(nbytes, stream=far)
     order: list[str] = []
+    sizes: dict[str, list[int]] = {"out": [], "in": []}
     for name, device in (("out", cpu.device), ("in", simulated.device)):
         backend = opened(device).backend
         real = backend.copy
 
         def copy(*arguments: Any, name: str = name, real: Any = real) -> None:
             order.append(name)
+            sizes[name].append(arguments[2])
             real(*arguments)
 
         monkeypatch.setattr(backend, "copy", copy)
     b.copy_from(a, stream=far)
     far.synchronize()
-    assert order.count("out") == order.count("in") == 8
+    assert sizes["out"] == sizes["in"]
+    assert sum(sizes["in"]) == nbytes
+    assert max(sizes["in"]) == copies.CHUNK_BYTES
+    assert sizes["in"][0] == sizes["in"][-1] == copies.FIRST_BYTES  # what overlaps with nothing
     assert order.index("in") < len(order) - 1 - order[::-1].index("out")
     assert order[:2] == ["out", "out"]  # the second chunk leaves while the first one enters
 

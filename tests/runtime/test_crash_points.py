@@ -323,7 +323,7 @@ def test_a_large_state_does_not_wait_for_the_dead(
     home: Home, unmoved: Callable[..., dict[str, Any]], crash: str
 ) -> None:
     """The copy is larger than the ring, so each side waits for the other in mid-copy."""
-    args = ("--width", "500000", "--steps", "16", "--delay", "0.5")
+    args = ("--width", "500000", "--steps", "40", "--delay", "0.5")  # the second half is slower
     hosted = home.run(*FLAGS[:4], args=args, env={"DRIVETRAIN_CRASH_AT": crash})
     home.wait_step(3, "j")
     moved = home.drivetrain("migrate", "j", "--to", "cpu:1")

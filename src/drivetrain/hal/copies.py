@@ -8,6 +8,7 @@ chunk leaving the source while the one before it enters the destination.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from drivetrain.errors import BadInput
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 8 << 20
 SLOTS = 4
+FIRST_BYTES = 1 << 20
+"""The first chunk of a large copy, and the last: one leg of each has nothing to overlap with."""
 
 
 def copy(dst: Buffer, src: Buffer, stream: Stream) -> None:
@@ -104,11 +107,18 @@ def _ordered(dst: Buffer, src: Buffer, stream: Stream) -> tuple[Stream, Stream]:
     """A stream on each side, both behind ``stream``; the caller's own where it is of that side."""
     if stream._opened is dst._opened:
         far = src._opened.inner_stream("copy")
-        far.wait(stream)
+        _behind(far, stream)
         return stream, far
     near = dst._opened.inner_stream("copy")
-    near.wait(stream)
+    _behind(near, stream)
     return near, stream
+
+
+def _behind(inner: Stream, stream: Stream) -> None:
+    """``inner`` waits for what is queued on ``stream``; devices take a while to hear of each
+    other's events, so an idle stream is not waited for."""
+    if watch.active or not stream.done:
+        inner.wait(stream)
 
 
 def _peer(dst: Buffer, src: Buffer, stream: Stream) -> None:
@@ -118,7 +128,7 @@ def _peer(dst: Buffer, src: Buffer, stream: Stream) -> None:
     side = far if pushes and direct(near, far) else near
     by = stream if stream._opened is side else side.inner_stream("copy")
     if by is not stream:
-        by.wait(stream)
+        _behind(by, stream)
     work = watch.Work("copy", "peer", side, by.handle, src.nbytes, part=True)
     with watch.around(work) if watch.active else watch.NOBODY:
         near.backend.copy_peer(dst.ptr, src.ptr, src.nbytes, far.backend, by.handle)
@@ -181,7 +191,6 @@ def _staged(dst: Buffer, src: Buffer, stream: Stream) -> None:
     devices wait for each other, else the caller does."""
     into, out_of = _ordered(dst, src, stream)
     staging = _staging(src._opened, dst._opened)
-    chunk = _chunk_bytes(src.nbytes)
     with staging.lock:
         base = staging.buffer.ptr
         done = 0
@@ -195,10 +204,9 @@ def _staged(dst: Buffer, src: Buffer, stream: Stream) -> None:
             staging.emptied[slot] = into.record()
 
         try:
-            while done < src.nbytes:
+            for size in _chunks(src.nbytes):
                 slot = staging.next
                 staging.next = (slot + 1) % SLOTS
-                size = min(chunk, src.nbytes - done)
                 emptied = staging.emptied[slot]
                 if emptied is not None:
                     out_of.wait(emptied)
@@ -219,7 +227,20 @@ def _staged(dst: Buffer, src: Buffer, stream: Stream) -> None:
     stream.wait(into if into is not stream else out_of)
 
 
-def _chunk_bytes(nbytes: int) -> int:
-    """Small copies in a few chunks, so that both legs overlap; large ones in full slots."""
+def _chunks(nbytes: int) -> Iterator[int]:
+    """Small copies in a few chunks, so that both legs overlap; large ones in full slots, which
+    grow at the start and shrink at the end."""
     quarter = -(-nbytes // 4)
-    return min(CHUNK_BYTES, max(256 << 10, -(-quarter // 4096) * 4096))
+    most = min(CHUNK_BYTES, max(256 << 10, -(-quarter // 4096) * 4096))
+    growing = []
+    size = FIRST_BYTES
+    while size < most:
+        growing.append(size)
+        size *= 2
+    middle = nbytes - 2 * sum(growing)
+    if middle < 0:
+        growing, middle = [], nbytes
+    yield from growing
+    for at in range(0, middle, most):
+        yield min(most, middle - at)
+    yield from reversed(growing)
