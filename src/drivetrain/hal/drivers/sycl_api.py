@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from drivetrain.errors import DriverMissing, HalError
+from drivetrain.hal import missing
 from drivetrain.hal.drivers.cuda_api import Library
 
 NAME = "sycl"
@@ -273,16 +274,11 @@ def _loaded(path: str) -> Api:
     try:
         return Api(ctypes.CDLL(path))
     except OSError as error:
-        raise DriverMissing(
-            f"{path} cannot be loaded: {error}; install it with its dependencies: {INSTALL}",
-            code="driver_missing",
-            driver=NAME,
-            op="open",
-        ) from error
+        raise missing.unloadable(path, error, driver=NAME, op="open") from error
 
 
 def load() -> Api:
-    """The library, bound once. Raises DriverMissing."""
+    """The library, bound once. Raises DriverMissing, or HalError where it does not load."""
     path = find()
     if not path:
         raise DriverMissing(
