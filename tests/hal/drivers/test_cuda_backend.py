@@ -838,9 +838,9 @@ def test_a_query_that_says_not_ready_is_no_error(make: Make, fake: Any) -> None:
 def test_work_that_never_ends_does_not_hold_up_the_end(
     make: Make, fake: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from drivetrain.hal.drivers import cuda_backend
+    from drivetrain.hal.drivers import cuda_like
 
-    monkeypatch.setattr(cuda_backend, "_CLOSE_WAIT_S", 0.05)
+    monkeypatch.setattr(cuda_like, "_CLOSE_WAIT_S", 0.05)
     backend = make()
     launch(backend, "hold", backend.stream_create(0))
     backend.close()

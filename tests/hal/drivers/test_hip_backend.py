@@ -23,7 +23,7 @@ from drivetrain.errors import (
 )
 from drivetrain.hal.device import DeviceInfo
 from drivetrain.hal.driver import LaunchAbi
-from drivetrain.hal.drivers import hip_backend
+from drivetrain.hal.drivers import cuda_like, hip_backend
 from drivetrain.hal.drivers.hip_api import FUNCTIONS, HipApi
 from drivetrain.hal.drivers.hip_backend import GROUPS, HipBackend
 from drivetrain.hal.kinds import Kind, Way
@@ -338,7 +338,7 @@ def test_code_that_the_library_does_not_take(make: Make) -> None:
 def test_a_wait_for_a_device_that_hangs_ends_at_its_limit(
     make: Make, fake: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hip_backend, "_CLOSE_WAIT_S", 0.05)
+    monkeypatch.setattr(cuda_like, "_CLOSE_WAIT_S", 0.05)
     backend = make()
     backend.stream_create(0)
     fake.fail("hipDeviceSynchronize", HANG, 0)

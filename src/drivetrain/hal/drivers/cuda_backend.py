@@ -8,12 +8,11 @@ import uuid as uuids
 from collections.abc import Sequence
 from typing import Any
 
-from drivetrain.errors import CompileError, DriverMissing, HalError, Unsupported
+from drivetrain.errors import DriverMissing, HalError, Unsupported
 from drivetrain.hal.driver import (
     Backend,
     Calls,
     DeviceInfo,
-    FunctionFacts,
     LaunchAbi,
     Limits,
     MemoryCalls,
@@ -22,17 +21,14 @@ from drivetrain.hal.driver import (
 from drivetrain.hal.drivers.cuda import GROUPS
 from drivetrain.hal.drivers.cuda_api import NAME, Api, Code, Cu, Uuid, load
 from drivetrain.hal.drivers.cuda_context import Context
-from drivetrain.hal.drivers.cuda_graphs import Graphs
+from drivetrain.hal.drivers.cuda_like import CudaLike, address_of
 from drivetrain.hal.drivers.cuda_memory import Memory
-from drivetrain.hal.drivers.cuda_streams import Streams
-from drivetrain.hal.drivers.giving_back import GivingBack
 
 ALIGNMENT = 256
 """Bytes; what every allocator of the driver keeps to."""
 
 _LOG_BYTES = 16 << 10
 _SHARED_WITHOUT_ASKING = 48 << 10
-_CLOSE_WAIT_S = 5.0
 _ELF, _FATBIN = b"\x7fELF", (0xBA55ED50).to_bytes(4, "little")
 _NOT_TAKEN = frozenset(
     {
@@ -119,66 +115,28 @@ def device_of(api: Api, info: DeviceInfo) -> int:
     )
 
 
-def _address(function: Any) -> int:
-    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
-
-
 # -- the backend -----------------------------------------------------------------------------------
 
 
-class CudaBackend:
+class CudaBackend(CudaLike):
     """`drivetrain.hal.driver.Backend` over ``libcuda``."""
 
     peer_pushes = True
     """NVLink writes faster than it reads."""
 
     def __init__(self, info: DeviceInfo, api: Api | None = None) -> None:
-        api = initialised(load() if api is None else api)
-        self.address = f"{NAME}:{info.index}"
-        self._api = api
-        self._context = context = Context(api, device_of(api, info), self.address)
-        self._modules: dict[int, list[int]] = {}
-        self._functions: set[int] = set()
-        try:
-            self._describe()
-            self._streams = streams = Streams(context)
-            get = context.attribute
-            self._memory = memory = Memory(
-                context,
-                pool="pool" not in api.off
-                and bool(get(Cu.DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)),
-                # Coherent machines (Grace) read pageable memory in place, when they come to it.
-                stages=not get(Cu.DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES),
-            )
-        except BaseException:
-            context.release()
-            raise
-        self._graphs = graphs = Graphs(context, self._functions, memory.capture_ended)
-        # The parts answer for themselves.
-        self.synchronize = streams.synchronize
-        self.stream_create = streams.stream_create
-        self.stream_destroy = streams.stream_destroy
-        self.stream_done = streams.stream_done
-        self.stream_synchronize = streams.stream_synchronize
-        self.stream_wait = streams.stream_wait
-        self.event_create = streams.event_create
-        self.event_destroy = streams.event_destroy
-        self.event_record = streams.event_record
-        self.event_done = streams.event_done
-        self.event_synchronize = streams.event_synchronize
-        self.event_seconds = streams.event_seconds
-        self.memory = memory.info
-        self.alloc = memory.alloc
-        self.free = memory.free
-        self.copy = memory.copy
-        self.fill = memory.fill
-        self.register = memory.register
-        self.unregister = memory.unregister
-        self.graph_begin = graphs.begin
-        self.graph_end = graphs.end
-        self.graph_launch = graphs.launch
-        self.graph_destroy = graphs.destroy
-        self.graph_set = graphs.set
+        self._api = api = initialised(load() if api is None else api)
+        super().__init__(Context(api, device_of(api, info), f"{NAME}:{info.index}"))
+
+    def _memory_of(self, context: Context) -> Memory:
+        get = context.attribute
+        return Memory(
+            context,
+            pool="pool" not in self._api.off
+            and bool(get(Cu.DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED)),
+            # Coherent machines (Grace) read pageable memory in place, when they come to it.
+            stages=not get(Cu.DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES),
+        )
 
     def _describe(self) -> None:
         api, get = self._api, self._context.attribute
@@ -220,30 +178,6 @@ class CudaBackend:
             features=tuple(features),
             version=f"{version // 1000}.{version % 1000 // 10}",
         )
-
-    # -- life ------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        context, give = self._context, GivingBack()
-        if context.closed:
-            return
-        try:
-            if not context.lost:
-                give(self._graphs.give_up_captures)
-            # What is left when the work does not end is the driver's, until the process ends.
-            if not context.lost and self._streams.are_done(_CLOSE_WAIT_S, give):
-                give(self._graphs.close)
-                for module in list(self._modules):
-                    give(self.module_unload, module)
-                give(self._memory.close)
-                give(self._streams.close)
-        finally:
-            give(context.release)
-        give.end()
-
-    def in_context(self, function: Any, *arguments: Any) -> int:
-        """Call a function of a library that works in the current context, as cuBLAS does."""
-        return self._context.code(function, *arguments)
 
     # -- group compute ---------------------------------------------------------------------------
 
@@ -302,40 +236,8 @@ class CudaBackend:
                 device=self.address,
             )
 
-    def _not_taken(
-        self, message: str, *, log: str = "", native: int = 0, native_name: str = ""
-    ) -> CompileError:
-        return CompileError(
-            message,
-            log=log or message,
-            code="not_taken",
-            driver=NAME,
-            native=native,
-            native_name=native_name,
-            op="module_load",
-            device=self.address,
-        )
-
-    def module_unload(self, module: int) -> None:
-        functions = self._modules.pop(module, [])
-        try:
-            self._context.call(self._api.cuModuleUnload, module)
-        except HalError:
-            self._modules[module] = functions
-            raise
-        self._functions.difference_update(functions)
-
-    def function(self, module: int, symbol: str) -> int:
+    def _prepare(self, function: int) -> None:
         context, api = self._context, self._api
-        box = ctypes.c_void_p()
-        code = context.code(
-            api.cuModuleGetFunction, ctypes.byref(box), module, symbol.encode() + b"\0"
-        )
-        if code == Code.ERROR_NOT_FOUND:
-            raise context.error("no_such_kernel", "function", f"the module has no {symbol!r}")
-        if code:
-            raise context.failure(api.cuModuleGetFunction.__name__, code, what=symbol)
-        function = int(box.value or 0)
         # A kernel that is loaded at its first launch would wait for what is running, and break a
         # capture.
         if "eager" not in api.off:
@@ -349,9 +251,6 @@ class CudaBackend:
                 Cu.FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                 most - self._fact(function, Cu.FUNC_ATTRIBUTE_SHARED_SIZE_BYTES),
             )
-        self._modules.setdefault(module, []).append(function)
-        self._functions.add(function)
-        return function
 
     def function_arguments(self, function: int, sizes: Sequence[int]) -> None:
         """Raises HalError when the kernel has other arguments, where the driver tells them."""
@@ -380,43 +279,16 @@ class CudaBackend:
                 f"arguments of {given} bytes were given; the kernel begins with {told}",
             )
 
-    def function_facts(self, function: int) -> FunctionFacts:
-        return FunctionFacts(
-            threads=self._fact(function, Cu.FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK),
-            registers=self._fact(function, Cu.FUNC_ATTRIBUTE_NUM_REGS),
-            shared_bytes=self._fact(function, Cu.FUNC_ATTRIBUTE_SHARED_SIZE_BYTES),
-            local_bytes=self._fact(function, Cu.FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES),
-        )
-
-    def _fact(self, function: int, number: int) -> int:
-        box = ctypes.c_int()
-        self._context.call(self._api.cuFuncGetAttribute, ctypes.byref(box), number, function)
-        return box.value
-
-    def launch(
-        self,
-        function: int,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        shared: int,
-        stream: int,
-        arguments: int,
-        sizes: Sequence[int],
-    ) -> None:
-        self._context.call(
-            self._api.cuLaunchKernel, function, *grid, *block, shared, stream, arguments, None
-        )
-
     def calls(self) -> Calls:
         api = self._api
         return Calls(
             LaunchAbi.CUDA,
-            launch=_address(api.cuLaunchKernel),
-            record=_address(api.cuEventRecord),
+            launch=address_of(api.cuLaunchKernel),
+            record=address_of(api.cuEventRecord),
             context=self._context.handle,
-            get_context=_address(api.cuCtxGetCurrent),
-            set_context=_address(api.cuCtxSetCurrent),
-            graph_launch=_address(api.cuGraphLaunch),
+            get_context=address_of(api.cuCtxGetCurrent),
+            set_context=address_of(api.cuCtxSetCurrent),
+            graph_launch=address_of(api.cuGraphLaunch),
         )
 
     def memory_calls(self) -> MemoryCalls:
@@ -425,44 +297,27 @@ class CudaBackend:
         api = self._api
         return MemoryCalls(
             context=self._context.handle,
-            push=_address(api.cuCtxPushCurrent),
-            pop=_address(api.cuCtxPopCurrent),
-            alloc=_address(api.cuMemAlloc),
-            free=_address(api.cuMemFree),
-            event_create=_address(api.cuEventCreate),
-            event_destroy=_address(api.cuEventDestroy),
-            event_record=_address(api.cuEventRecord),
-            event_query=_address(api.cuEventQuery),
-            stream_wait=_address(api.cuStreamWaitEvent),
-            is_capturing=_address(api.cuStreamIsCapturing),
+            push=address_of(api.cuCtxPushCurrent),
+            pop=address_of(api.cuCtxPopCurrent),
+            alloc=address_of(api.cuMemAlloc),
+            free=address_of(api.cuMemFree),
+            event_create=address_of(api.cuEventCreate),
+            event_destroy=address_of(api.cuEventDestroy),
+            event_record=address_of(api.cuEventRecord),
+            event_query=address_of(api.cuEventQuery),
+            stream_wait=address_of(api.cuStreamWaitEvent),
+            is_capturing=address_of(api.cuStreamIsCapturing),
             ordinal=self._context.device,
         )
 
     # -- group peer ------------------------------------------------------------------------------
 
-    def peer_enable(self, other: Backend) -> bool:
-        if other is self:
-            return True
-        if not isinstance(other, CudaBackend):
-            return False
-        context, api, far = self._context, self._api, other._context
-        able = ctypes.c_int()
-        context.call(api.cuDeviceCanAccessPeer, ctypes.byref(able), context.device, far.device)
-        if not able.value:
-            return False
-        code = context.code(api.cuCtxEnablePeerAccess, far.handle, 0)
-        if code in (Code.ERROR_PEER_ACCESS_UNSUPPORTED, Code.ERROR_TOO_MANY_PEERS):
-            return False
-        if code not in (Code.SUCCESS, Code.ERROR_PEER_ACCESS_ALREADY_ENABLED):
-            raise context.failure(api.cuCtxEnablePeerAccess.__name__, code, what=other.address)
-        other._memory.share_with(context.device)
-        return True
+    def _peer_access(self, far: Context) -> tuple[Any, int]:
+        return self._api.cuCtxEnablePeerAccess, far.handle
 
     def copy_peer(self, dst: int, src: int, nbytes: int, other: Backend, stream: int) -> None:
         if not isinstance(other, CudaBackend):
-            raise self._context.error(
-                "invalid", "copy_peer", f"{other!r} is no device of this driver"
-            )
+            raise self._foreign(other)
         pushing = stream in other._context.streams
         (other if pushing else self)._context.call(
             self._api.cuMemcpyPeerAsync,

@@ -8,29 +8,18 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from drivetrain.errors import CompileError, DriverMissing, HalError, Unsupported
-from drivetrain.hal.driver import (
-    Backend,
-    Calls,
-    DeviceInfo,
-    FunctionFacts,
-    LaunchAbi,
-    Limits,
-    Target,
-)
-from drivetrain.hal.drivers.cuda_api import Api, Code, Cu
+from drivetrain.errors import DriverMissing, HalError, Unsupported
+from drivetrain.hal.driver import Backend, Calls, DeviceInfo, LaunchAbi, Limits, Target
+from drivetrain.hal.drivers.cuda_api import Api, Code
 from drivetrain.hal.drivers.cuda_context import Context, Refused
-from drivetrain.hal.drivers.cuda_graphs import Graphs
+from drivetrain.hal.drivers.cuda_like import CudaLike, address_of
 from drivetrain.hal.drivers.cuda_memory import Memory
-from drivetrain.hal.drivers.cuda_streams import Streams
-from drivetrain.hal.drivers.giving_back import GivingBack
 from drivetrain.hal.drivers.hip import GROUPS
 from drivetrain.hal.drivers.hip_api import NAME, Hip, HipApi, Uuid, load
 
 ALIGNMENT = 256
 """Bytes; what every allocator of HIP keeps to."""
 
-_CLOSE_WAIT_S = 5.0
 _MOST_THREADS_OF_A_SIDE = (1 << 32) - 1
 """HIP counts a grid's side in threads, with 32 bits."""
 _FORMS = (b"\x7fELF", b"__CLANG_OFFLOAD_BUNDLE__", b"CCOB")
@@ -123,7 +112,7 @@ class Selected:
         self._api, self._device = api, device
         self._local = threading.local()
         # A look at thread-local state: not worth giving up the interpreter's lock for.
-        self._get = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(_address(api.cudaGetDevice))
+        self._get = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(address_of(api.cudaGetDevice))
         self.handle = 0
         """The device as a pointer, for C; 0 where the library has no such thing."""
         box = ctypes.c_void_p()
@@ -159,60 +148,22 @@ class Selected:
         """HIP's primary context is nobody's to give back."""
 
 
-def _address(function: Any) -> int:
-    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
-
-
 # -- the backend -----------------------------------------------------------------------------------
 
 
-class HipBackend:
+class HipBackend(CudaLike):
     """`drivetrain.hal.driver.Backend` over ``libamdhip64``."""
 
+    _api: HipApi
+
     def __init__(self, info: DeviceInfo, api: HipApi | None = None) -> None:
-        api = initialised(load() if api is None else api)
-        self.address = f"{NAME}:{info.index}"
-        self._api = api
-        self._context = context = Context(api, device_of(api, info), self.address, Selected)
-        self._modules: dict[int, list[int]] = {}
-        self._functions: set[int] = set()
-        try:
-            self._describe()
-            self._streams = streams = Streams(context)
-            pools = context.attribute(Hip.DeviceAttributeMemoryPoolsSupported)
-            # HIP does not promise that pageable memory is copied aside before a copy returns.
-            self._memory = memory = Memory(
-                context, pool=bool(pools) and "pool" not in api.off, stages=False
-            )
-        except BaseException:
-            context.release()
-            raise
-        self._graphs = graphs = Graphs(context, self._functions, memory.capture_ended)
-        # The parts answer for themselves.
-        self.synchronize = streams.synchronize
-        self.stream_create = streams.stream_create
-        self.stream_destroy = streams.stream_destroy
-        self.stream_done = streams.stream_done
-        self.stream_synchronize = streams.stream_synchronize
-        self.stream_wait = streams.stream_wait
-        self.event_create = streams.event_create
-        self.event_destroy = streams.event_destroy
-        self.event_record = streams.event_record
-        self.event_done = streams.event_done
-        self.event_synchronize = streams.event_synchronize
-        self.event_seconds = streams.event_seconds
-        self.memory = memory.info
-        self.alloc = memory.alloc
-        self.free = memory.free
-        self.copy = memory.copy
-        self.fill = memory.fill
-        self.register = memory.register
-        self.unregister = memory.unregister
-        self.graph_begin = graphs.begin
-        self.graph_end = graphs.end
-        self.graph_launch = graphs.launch
-        self.graph_destroy = graphs.destroy
-        self.graph_set = graphs.set
+        self._api = api = initialised(load() if api is None else api)
+        super().__init__(Context(api, device_of(api, info), f"{NAME}:{info.index}", Selected))
+
+    def _memory_of(self, context: Context) -> Memory:
+        pools = context.attribute(Hip.DeviceAttributeMemoryPoolsSupported)
+        # HIP does not promise that pageable memory is copied aside before a copy returns.
+        return Memory(context, pool=bool(pools) and "pool" not in self._api.off, stages=False)
 
     def _describe(self) -> None:
         api, get = self._api, self._context.attribute
@@ -249,30 +200,6 @@ class HipBackend:
             version=api.version_text(),
         )
 
-    # -- life ------------------------------------------------------------------------------------
-
-    def close(self) -> None:
-        context, give = self._context, GivingBack()
-        if context.closed:
-            return
-        try:
-            if not context.lost:
-                give(self._graphs.give_up_captures)
-            # What is left when the work does not end is the driver's, until the process ends.
-            if not context.lost and self._streams.are_done(_CLOSE_WAIT_S, give):
-                give(self._graphs.close)
-                for module in list(self._modules):
-                    give(self.module_unload, module)
-                give(self._memory.close)
-                give(self._streams.close)
-        finally:
-            give(context.release)
-        give.end()
-
-    def in_context(self, function: Any, *arguments: Any) -> int:
-        """Call a function of a library that works on the selected device, as hipBLAS does."""
-        return self._context.code(function, *arguments)
-
     # -- group compute ---------------------------------------------------------------------------
 
     def module_load(self, code: bytes, form: str) -> int:
@@ -304,71 +231,8 @@ class HipBackend:
         self._modules[module] = []
         return module
 
-    def _not_taken(self, message: str, *, native: int = 0, native_name: str = "") -> CompileError:
-        return CompileError(
-            message,
-            log=message,
-            code="not_taken",
-            driver=NAME,
-            native=native,
-            native_name=native_name,
-            op="module_load",
-            device=self.address,
-        )
-
-    def module_unload(self, module: int) -> None:
-        functions = self._modules.pop(module, [])
-        try:
-            self._context.call(self._api.cuModuleUnload, module)
-        except HalError:
-            self._modules[module] = functions
-            raise
-        self._functions.difference_update(functions)
-
-    def function(self, module: int, symbol: str) -> int:
-        context, api = self._context, self._api
-        box = ctypes.c_void_p()
-        code = context.code(
-            api.cuModuleGetFunction, ctypes.byref(box), module, symbol.encode() + b"\0"
-        )
-        if code == Code.ERROR_NOT_FOUND:
-            raise context.error("no_such_kernel", "function", f"the module has no {symbol!r}")
-        if code:
-            raise context.failure(api.cuModuleGetFunction.__name__, code, what=symbol)
-        function = int(box.value or 0)
-        self._modules.setdefault(module, []).append(function)
-        self._functions.add(function)
-        return function
-
     def function_arguments(self, function: int, sizes: Sequence[int]) -> None:
         """HIP does not tell a kernel's arguments."""
-
-    def function_facts(self, function: int) -> FunctionFacts:
-        return FunctionFacts(
-            threads=self._fact(function, Cu.FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK),
-            registers=self._fact(function, Cu.FUNC_ATTRIBUTE_NUM_REGS),
-            shared_bytes=self._fact(function, Cu.FUNC_ATTRIBUTE_SHARED_SIZE_BYTES),
-            local_bytes=self._fact(function, Cu.FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES),
-        )
-
-    def _fact(self, function: int, number: int) -> int:
-        box = ctypes.c_int()
-        self._context.call(self._api.cuFuncGetAttribute, ctypes.byref(box), number, function)
-        return box.value
-
-    def launch(
-        self,
-        function: int,
-        grid: tuple[int, int, int],
-        block: tuple[int, int, int],
-        shared: int,
-        stream: int,
-        arguments: int,
-        sizes: Sequence[int],
-    ) -> None:
-        self._context.call(
-            self._api.cuLaunchKernel, function, *grid, *block, shared, stream, arguments, None
-        )
 
     def calls(self) -> Calls:
         api, context = self._api, self._context
@@ -376,40 +240,22 @@ class HipBackend:
             return Calls()
         return Calls(
             LaunchAbi.CUDA,
-            launch=_address(api.cuLaunchKernel),
-            record=_address(api.cuEventRecord),
+            launch=address_of(api.cuLaunchKernel),
+            record=address_of(api.cuEventRecord),
             context=context.handle,
-            get_context=_address(api.cuCtxGetCurrent),
-            set_context=_address(api.cuCtxSetCurrent),
-            graph_launch=_address(api.cuGraphLaunch) if "graphs" in self.groups else 0,
+            get_context=address_of(api.cuCtxGetCurrent),
+            set_context=address_of(api.cuCtxSetCurrent),
+            graph_launch=address_of(api.cuGraphLaunch) if "graphs" in self.groups else 0,
         )
 
     # -- group peer ------------------------------------------------------------------------------
 
-    def peer_enable(self, other: Backend) -> bool:
-        if other is self:
-            return True
-        if not isinstance(other, HipBackend):
-            return False
-        context, api, far = self._context, self._api, other._context
-        able = ctypes.c_int()
-        context.call(api.cuDeviceCanAccessPeer, ctypes.byref(able), context.device, far.device)
-        if not able.value:
-            return False
-        code = context.code(api.cudaDeviceEnablePeerAccess, far.device, 0)
-        if code in (Code.ERROR_PEER_ACCESS_UNSUPPORTED, Code.ERROR_TOO_MANY_PEERS):
-            return False
-        if code not in (Code.SUCCESS, Code.ERROR_PEER_ACCESS_ALREADY_ENABLED):
-            name = api.cudaDeviceEnablePeerAccess.__name__
-            raise context.failure(name, code, what=other.address)
-        other._memory.share_with(context.device)
-        return True
+    def _peer_access(self, far: Context) -> tuple[Any, int]:
+        return self._api.cudaDeviceEnablePeerAccess, far.device
 
     def copy_peer(self, dst: int, src: int, nbytes: int, other: Backend, stream: int) -> None:
         if not isinstance(other, HipBackend):
-            raise self._context.error(
-                "invalid", "copy_peer", f"{other!r} is no device of this driver"
-            )
+            raise self._foreign(other)
         self._context.call(
             self._api.cudaMemcpyPeerAsync,
             dst,
