@@ -423,7 +423,7 @@ def memory_is_free_only_after_its_stream(t: Bench) -> None:
 def priorities_are_clamped(t: Bench) -> Any:
     for priority in (-1000, -1, 0, 1, 1000):
         t.b.stream_destroy(t.b.stream_create(priority))
-    return t.b._priorities
+    return t.b._streams._priorities
 
 
 @check
