@@ -261,6 +261,9 @@ class PoolMachine(RuleBasedStateMachine):
         if owner is not None and owner != stream:
             assert len(self.driver.waits) > before
         self.live[ptr] = (nbytes, stream)
+        for inside in self.last:  # the whole block is this stream's now, behind that event
+            if ptr <= inside < ptr + nbytes:
+                self.last[inside] = stream
 
     @precondition(lambda self: self.live)
     @rule(data=st.data(), used=st.booleans())

@@ -221,6 +221,39 @@ def test_control_flow_and_effects_do_what_c_says(opencl, kernels) -> None:
     assert a.tolist() == b.tolist() == [12, 44, 12, 13, 10, 15]
 
 
+COVERED = """
+__global__ void covered(long long *out, long long sign) {
+  __shared__ int tile[32];
+  int t = threadIdx.x, v = t - 20, w = 5;
+  tile[t] = t;
+  switch (v & 3) {
+    case 0: w += 1; break;
+    case 1: w += 5; break;
+    case 2: w += 7; break;
+    case 3: v ^= 77;
+  }
+  switch (sign * t & 1) {
+    case 0: w *= 2; break;
+    case 1: v += 1000;
+  }
+  __syncthreads();
+  w += tile[t ^ 16];
+  out[t] = v * 1000 + w;
+}
+"""
+
+
+def test_no_case_is_lost_where_the_cases_are_all_that_there_can_be(opencl, kernels) -> None:
+    t = np.arange(32)
+    v, w = t - 20, 5 + np.array([1, 5, 7, 0])[t & 3]
+    v = np.where(t & 3 == 3, v ^ 77, v)
+    v, w = np.where(t & 1, v + 1000, v), np.where(t & 1, w, 2 * w)
+    for compiled in (opencl, kernels):
+        out = np.zeros(32, np.int64)
+        compiled(COVERED)("covered", 1, 32, out, 1)
+        assert out.tolist() == (v * 1000 + w + (t ^ 16)).tolist()
+
+
 def test_each_line_of_the_text_knows_the_users() -> None:
     text = "__global__ void k(int *a)\n{\n  int b = 1;\n\n#define ADD a[0] += b\n  ADD;\n}"
     made = translate(program(Source.cuda(text), Options()), FEATURES)

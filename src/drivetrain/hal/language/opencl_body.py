@@ -27,6 +27,7 @@ from drivetrain.hal.language.tree import (
     Intrinsic,
     Lit,
     Ref,
+    Switch,
     Sync,
     Var,
     root_var,
@@ -293,6 +294,13 @@ class Body(Printer):
         return _number(e.type, f"{_LANES}[dt_source_{word}({', '.join(given)})]")
 
     # -- statements
+
+    def switch(self, s: Switch) -> None:
+        kind = self.spelled(s.test.type, s.line)
+        self.out.add(f"{{ DT_SELECTOR {kind} dt_selector = {self.expr(s.test)};", s.line)
+        self.out.add("switch (dt_selector)", s.line)
+        self.block(s.body)
+        self.out.add("}")
 
     def decl(self, s: Decl) -> None:
         if s.var.role == "shared":

@@ -16,6 +16,14 @@
    call; there is no recursion, so it is always possible. */
 #define DT_INLINED static inline __attribute__((always_inline))
 
+/* Of what a switch asks for: where its cases are all that this can be, as PoCL 3.1's compiler finds
+   out, and a barrier comes later, the last of them is lost. There it is told nothing. */
+#ifdef POCL_DEVICE_ADDRESS_BITS
+#define DT_SELECTOR volatile
+#else
+#define DT_SELECTOR
+#endif
+
 static inline int dt_float_as_int(float x) { return as_int(x); }
 static inline uint dt_float_as_uint(float x) { return as_uint(x); }
 static inline float dt_int_as_float(int x) { return as_float(x); }

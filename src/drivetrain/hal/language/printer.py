@@ -360,6 +360,10 @@ class Printer:
 
     # -- statements
 
+    def switch(self, s: Switch) -> None:
+        self.out.add(f"switch ({self.expr(s.test)})", s.line)
+        self.block(s.body)
+
     def block(self, block: Block) -> None:
         self.out.add("{", block.line)
         self.out.depth += 1
@@ -385,8 +389,7 @@ class Printer:
         elif isinstance(s, Loop):
             self.loop(s)
         elif isinstance(s, Switch):
-            out.add(f"switch ({self.expr(s.test)})", s.line)
-            self.block(s.body)
+            self.switch(s)
         elif isinstance(s, Case):
             out.add("default: ;" if s.value is None else f"case {s.value}: ;", s.line)
         elif isinstance(s, Break):
