@@ -69,7 +69,7 @@ static void drop_exec(struct Exec *exec);
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t changed = PTHREAD_COND_INITIALIZER;
 static Device devices[MOST_DEVICES];
-static int unified, device_count, configured, version, logging, open_count;
+static int unified, device_count, configured, version, logging, open_count, at_work;
 static uint64_t memory_bytes = (uint64_t)1 << 30;
 static unsigned delay_us;
 static Allocation *allocations;
@@ -262,12 +262,12 @@ void fake_end(void) {
     for (Stream *s = streams; s; s = s->next) s->destroyed = 1;
     fault_count = 0;
     pthread_cond_broadcast(&changed);
-    for (int i = 0; i < 100 && open_count; i++) { /* a kernel that never ends keeps its memory */
+    for (int i = 0; i < 100 && at_work; i++) { /* a kernel that never ends keeps its memory */
         pthread_mutex_unlock(&lock);
         usleep(20000);
         pthread_mutex_lock(&lock);
     }
-    if (outside && !open_count) {
+    if (outside && !at_work) {
         munmap(outside, ARENA), munmap(inside, ARENA), close(arena_file);
         outside = inside = NULL, arena_used = 0;
     }
@@ -342,6 +342,9 @@ static unsigned char *pack(Function *f, void **params) {
     }
     return out;
 }
+/* What takes long is done without the lock, as a device would; the memory stays until it is done. */
+static void unlocked(void) { at_work++; pthread_mutex_unlock(&lock); }
+static void locked(void) { pthread_mutex_lock(&lock); at_work--; }
 static void shut(int open) {
     if (arena_used) mprotect(outside, arena_used, open ? PROT_READ | PROT_WRITE : PROT_NONE);
 }
@@ -355,9 +358,9 @@ static int run_kernel(Device *d, Op *op) {
     }
     if (op->function->known) return op->function->known(d, table);
     shut(1), open_count++; /* device memory is open while a kernel runs */
-    pthread_mutex_unlock(&lock);
+    unlocked();
     int code = op->function->entry(&op->range, table);
-    pthread_mutex_lock(&lock);
+    locked();
     if (!--open_count) shut(0);
     return code ? illegal() : 0;
 }
@@ -378,16 +381,20 @@ static int run_op(Device *d, Op *op) {
         void *src = op->staged ? op->staged : here(op->src);
         if (!reaches(d, op->dst, op->bytes, 1) || (!op->staged && !reaches(d, op->src, op->bytes, 1)))
             return illegal();
+        unlocked();
         memcpy(here(op->dst), src, op->bytes);
+        locked();
         return 0;
     }
     case SET:
         if (!reaches(d, op->dst, op->pitch * (op->rows - 1) + op->bytes * (unsigned)op->width, 0)) return illegal();
+        unlocked();
         for (uint64_t row = 0; row < op->rows; row++) {
             char *to = (char *)here(op->dst) + row * op->pitch;
             if (op->width == 1) memset(to, op->pattern[0], op->bytes);
             else for (uint64_t i = 0; i < op->bytes; i++) memcpy(to + i * (unsigned)op->width, op->pattern, (size_t)op->width);
         }
+        locked();
         return 0;
     case KERNEL: return run_kernel(d, op);
     case FREE: drop(op->memory); return 0;
@@ -434,15 +441,10 @@ static void *work(void *argument) {
             int code = run_op(s->device, op);
             if (code) s->device->sticky = code;
         }
-        int large = op->what == COPY || op->what == SET;
         s->head = op->next;
         if (!s->head) s->tail = NULL;
         drop_op(op);
         pthread_cond_broadcast(&changed);
-        if (large) { /* let others have the lock */
-            pthread_mutex_unlock(&lock);
-            pthread_mutex_lock(&lock);
-        }
     }
     for (Stream **p = &streams; *p; p = &(*p)->next)
         if (*p == s) { *p = s->next; break; }
