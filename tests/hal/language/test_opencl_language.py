@@ -254,6 +254,31 @@ def test_no_case_is_lost_where_the_cases_are_all_that_there_can_be(opencl, kerne
         assert out.tolist() == (v * 1000 + w + (t ^ 16)).tolist()
 
 
+PLACES = """
+__global__ void places(signed char *a, unsigned *u, float *f) {
+  int i = 0, j = 0, k = 0;
+  a[i++]++; a[i++]--; ++a[i++]; --a[(i += 2) - 2];
+  u[j++]--; --u[j++];
+  f[k++]++;
+  a[7] = i; u[3] = j * 10 + k;
+}
+"""
+
+
+def test_a_place_is_calculated_once_also_where_one_is_added_to_it(opencl, kernels) -> None:
+    for compiled in (opencl, kernels):
+        a, u, f = (
+            np.array([127, -128, 5, 6, 0, 0, 0, 0], np.int8),
+            np.zeros(4, np.uint32),
+            np.ones(2),
+        )
+        u[1], f = 7, f.astype(np.float32)
+        compiled(PLACES)("places", 1, 1, a, u, f)
+        assert a.tolist() == [-128, 127, 6, 5, 0, 0, 0, 5]
+        assert u.tolist() == [2**32 - 1, 6, 0, 21]
+        assert f.tolist() == [2, 1]
+
+
 def test_each_line_of_the_text_knows_the_users() -> None:
     text = "__global__ void k(int *a)\n{\n  int b = 1;\n\n#define ADD a[0] += b\n  ADD;\n}"
     made = translate(program(Source.cuda(text), Options()), FEATURES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from drivetrain.hal.language.convert import to_f32
 from drivetrain.hal.language.tokens import wrong
@@ -331,7 +332,11 @@ class Printer:
         if self.wraps or isinstance(kind, Pointer) or is_float(kind) or unsigned:
             return f"({e.op}{target})" if e.prefix else f"({target}{e.op})"
         if has_effects(e.target):
-            raise wrong(e.line, f"{e.op} of a place that is calculated with effects")
+            raise wrong(
+                e.line,
+                f"{e.op} of a place that is calculated with effects, inside an expression: make "
+                "it a statement of its own",
+            )
         assert isinstance(kind, Scalar)
         wide = promoted(kind)
         spelled, sign = self.spelled(wide, e.line), e.op[0]
@@ -423,14 +428,13 @@ class Printer:
         return self.expr(e)
 
     def do(self, e: Expr) -> None:
-        if isinstance(e, Compound) and has_effects(e.target):
+        if isinstance(e, Compound | Step) and has_effects(e.target):
             # The place is calculated once.
             pointer = self.place(e.target)
             self.out.add("{", e.line)
             self.out.add(f"  {pointer} = &{self.expr(e.target)};", e.line)
-            place = _Printed(e.type, e.line, "(*dt_place)")
-            same = Compound(e.type, e.line, e.op, place, e.value, e.within)
-            self.out.add(f"  {self.expr(same)};", e.line)
+            same = replace(e, target=_Printed(e.type, e.line, "(*dt_place)"))
+            self.out.add(f"  {self.discarded(same)};", e.line)
             self.out.add("}")
             return
         self.out.add(f"{self.discarded(e)};", e.line)
