@@ -39,10 +39,10 @@ GRAPHED = ("cuda-graph", "compile-reduce-overhead", "compile-max-autotune")
 MARGIN = 1.25
 """Inputs that were not seen may come out a little worse than those that were."""
 WORTH = 0.6
-"""A choice that lost by no more than this may win when it is compiled."""
+"""A choice that lost by no more than this may win when it is compiled for a GPU."""
 HALVED = ("bf16-weights", "fp16-weights")
 NEAR = 1.1
-"""The half type that lost by no more than this is compiled too."""
+"""The half type that lost by no more than this is compiled too; on a processor any choice."""
 CLOSE = 1.05
 """Candidates within this factor of each other are measured in `CLOSE_ROUNDS`, and the last of them
 that lost once more at the end: a few hundredths are less than a busy machine's noise."""
@@ -182,12 +182,6 @@ class Search:
             again = sorted(self._lost.items(), key=lambda item: -item[1])
             for name, _ in [pair for pair in again if self._may_turn(known[pair[0]], pair[1])][:2]:
                 self.consider(known[name], compiling=True)
-            for step in [each for each in self.best.plan if each.group == "fold"]:
-                name = f"without {step.name}"  # compiled code fuses a norm with what follows it
-                plan = tuple(each for each in self.best.plan if each is not step)
-                on = tuple(each.name for each in plan)
-                if name not in self.fatal:
-                    self._try(name, plan, on, compiling=True)
         for step in others:
             if step.group != "attention":
                 continue
@@ -210,14 +204,16 @@ class Search:
 
     def _may_turn(self, step: Step, factor: float) -> bool:
         """Whether compiling may make a choice win that lost by ``factor``: compiled code fuses the
-        casts of autocast and the copies between layouts. Weights of half the size have no casts
-        left, and then it is between the two half types: the library has other kernels for each."""
+        casts of autocast and the copies between layouts, and a GPU is not kept waiting for their
+        launches. Weights of half the size have no casts left, and then it is between the two half
+        types: the library has other kernels for each."""
+        worth = 1 / NEAR if self.subject.device.type == "cpu" else WORTH
         if step.group == "precision":
             halved = any(each.name in HALVED for each in self.best.plan)
             if step.name in HALVED:
                 return halved and factor >= 1 / NEAR
-            return step.name.endswith("-autocast") and not halved and factor >= WORTH
-        return step.group in ("layout", "attention") and factor >= WORTH
+            return step.name.endswith("-autocast") and not halved and factor >= worth
+        return step.group in ("layout", "attention") and factor >= worth
 
     def _has(self, mode: str) -> bool:
         return any(t.step == f"compile-{mode}" and t.seconds is not None for t in self.trials)
