@@ -16,7 +16,10 @@ from torch import nn
 
 from drivetrain.errors import BadInput, DeviceLost
 from drivetrain.pytorch.optimize import Optimized, Report, Step, Trial, Tuned, optimize
+from drivetrain.pytorch.optimize.capabilities import facts_of
 from drivetrain.pytorch.optimize.moe import MixtureOfExperts
+from drivetrain.pytorch.optimize.steps import builtin
+from drivetrain.pytorch.optimize.subject import Arguments, Subject
 
 torch.set_num_threads(1)
 SLOW_S = 0.02
@@ -155,16 +158,20 @@ def test_every_step_that_is_not_tried_has_its_reason() -> None:
 
 
 def test_kernels_are_tuned_where_the_arithmetic_is_in_matrix_products() -> None:
-    """Not where it is in convolutions; the control is the same gate on a linear layer."""
-    image = torch.rand(1, 3, 16, 16)
+    """On a GPU not where it is in convolutions; the controls are a linear layer and a processor."""
     convolved = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 14 * 14, 2)).eval()
-    skip = ["compile-default", "compile-reduce-overhead", "flex-*", "*-autocast", "*-weights"]
-    found = [
-        trial(run(model, inputs=inputs, skip=skip, seconds=1e-6).report, "compile-max-autotune")
-        for model, inputs in ((convolved, image), (Net().eval(), INPUT))
-    ]
-    assert "of the arithmetic is convolutions" in found[0].reason
-    assert "convolutions" not in found[1].reason
+    facts = facts_of(torch.device("cpu"))
+
+    def said(model: nn.Module, inputs: torch.Tensor, device: str) -> str:
+        subject = Subject(model, facts, Arguments.of(inputs), None, None)
+        subject.device = torch.device(device)  # a gate only asks of which kind it is
+        steps = {step.name: step for step in builtin(subject)}
+        return steps["compile-max-autotune-no-cudagraphs"].gate(subject)
+
+    image = torch.rand(1, 3, 16, 16)
+    assert "of the arithmetic is convolutions" in said(convolved, image, "cuda")
+    assert "convolutions" not in said(convolved, image, "cpu")
+    assert "convolutions" not in said(Net().eval(), INPUT, "cuda")
 
 
 def test_what_lost_by_little_is_measured_once_more_at_the_end() -> None:
