@@ -20,6 +20,7 @@ from fakes import Fake
 from drivetrain.errors import HalError, OutOfMemory
 from drivetrain.hal.device import DeviceInfo
 from drivetrain.hal.drivers import opencl_loader as loader
+from drivetrain.hal.drivers import opencl_platforms
 from drivetrain.hal.drivers.sycl_api import FUNCTIONS, Api, Aspect
 from drivetrain.hal.drivers.sycl_backend import SyclBackend
 from drivetrain.hal.drivers.sycl_memory import Memory
@@ -34,8 +35,10 @@ _new: list[Fake] = []
 
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Without OpenCL and Level Zero, which SYCL's devices would be looked for in."""
+    """Without OpenCL and Level Zero, which SYCL's devices would be looked for in. OpenCL's loader
+    reads its variables once in a process, so here it is not asked at all."""
     monkeypatch.setenv(loader.VENDORS, str(tmp_path))
+    monkeypatch.setattr(opencl_platforms, "devices", lambda *_: [])
     monkeypatch.setenv("DRIVETRAIN_LEVEL_ZERO_LIBRARY", str(tmp_path / "none.so"))
     yield
     while _new:
