@@ -19,7 +19,8 @@ from drivetrain.errors import BadInput, DrivetrainError, JobError
 from drivetrain.pytorch.support import support
 
 EPOCHS = 50
-CHIP_EPOCHS = 12
+CHIP_EPOCHS = 40
+"""So many that a slow machine is ready to go back to the chip before they end on a processor."""
 _CHIP_STEPS = 8
 _SCRIPT = Path(__file__).with_name("train_digits.py")
 _MOVE_FIELDS = (
