@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from drivetrain.hal.opened import Opened
     from drivetrain.hal.stream import Event, Stream
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
+"""A copy takes as long as all of its chunks on the slower leg and one of them on the other; each
+chunk costs some microseconds more, in which its leg stands still."""
 SLOTS = 4
-FIRST_BYTES = 1 << 20
-"""The first chunk of a large copy, and the last: one leg of each has nothing to overlap with."""
 
 
 def copy(dst: Buffer, src: Buffer, stream: Stream) -> None:
@@ -73,8 +73,11 @@ def copy(dst: Buffer, src: Buffer, stream: Stream) -> None:
 
 def _leg(opened: Opened, dst: int, src: int, nbytes: int, way: Way, stream: Stream) -> None:
     """Queue a part of a copy between devices, to or from the host's memory."""
-    work = watch.Work("copy", way.words, opened, stream.handle, nbytes, part=True)
-    with watch.around(work) if watch.active else watch.NOBODY:
+    if watch.active:
+        work = watch.Work("copy", way.words, opened, stream.handle, nbytes, part=True)
+        with watch.around(work):
+            opened.backend.copy(dst, src, nbytes, way, stream.handle, False)
+    else:
         opened.backend.copy(dst, src, nbytes, way, stream.handle, False)
 
 
@@ -129,8 +132,11 @@ def _peer(dst: Buffer, src: Buffer, stream: Stream) -> None:
     by = stream if stream._opened is side else side.inner_stream("copy")
     if by is not stream:
         _behind(by, stream)
-    work = watch.Work("copy", "peer", side, by.handle, src.nbytes, part=True)
-    with watch.around(work) if watch.active else watch.NOBODY:
+    if watch.active:
+        work = watch.Work("copy", "peer", side, by.handle, src.nbytes, part=True)
+        with watch.around(work):
+            near.backend.copy_peer(dst.ptr, src.ptr, src.nbytes, far.backend, by.handle)
+    else:
         near.backend.copy_peer(dst.ptr, src.ptr, src.nbytes, far.backend, by.handle)
     if by is not stream:
         stream.wait(by)
@@ -228,19 +234,8 @@ def _staged(dst: Buffer, src: Buffer, stream: Stream) -> None:
 
 
 def _chunks(nbytes: int) -> Iterator[int]:
-    """Small copies in a few chunks, so that both legs overlap; large ones in full slots, which
-    grow at the start and shrink at the end."""
+    """Small copies in four chunks, so that both legs overlap; large ones in full slots."""
     quarter = -(-nbytes // 4)
     most = min(CHUNK_BYTES, max(256 << 10, -(-quarter // 4096) * 4096))
-    growing = []
-    size = FIRST_BYTES
-    while size < most:
-        growing.append(size)
-        size *= 2
-    middle = nbytes - 2 * sum(growing)
-    if middle < 0:
-        growing, middle = [], nbytes
-    yield from growing
-    for at in range(0, middle, most):
-        yield min(most, middle - at)
-    yield from reversed(growing)
+    for at in range(0, nbytes, most):
+        yield min(most, nbytes - at)

@@ -18,7 +18,9 @@ from typing import Any, Generic, TypeVar
 from drivetrain.hal import bytes as raw
 
 ONLY_COPY = 2**64 - 1
-MOST_THREADS = 24
+MOST_COPYING, MOST_HASHING = 12, 24
+"""Threads of a crew. A dozen copy as fast as a GPU's link and more get in each other's way; what is
+only hashed comes from main memory, which serves more of them."""
 _SHARE = 4  # pieces that one Python thread takes at once
 
 Result = TypeVar("Result")
@@ -49,7 +51,8 @@ def begin(pieces: Sequence[Piece], threads: int) -> Begun[list[int]]:
     memory must stay until then."""
     if threads >= 8:
         threads -= 2  # the two processes of a move have a thread each that feeds its crew
-    threads = min(threads, MOST_THREADS)
+    only_hashed = not any(piece[0] for piece in pieces)
+    threads = min(threads, MOST_HASHING if only_hashed else MOST_COPYING)
     if threads <= 1 or not pieces:
         hashes = _do(pieces)
         return Begun(lambda: hashes, lambda: True)

@@ -37,6 +37,7 @@ from drivetrain.store.crash import crash_point
 from drivetrain.training.replication import Replicator, Snapshot, same_memory, save_checkpoint
 
 _HASH_BYTES = 128 << 20  # hashed in one go on an accelerator, beside the copies
+_LANES = 2  # of the blocks that arrive on a GPU
 _STALL_S = 60.0  # a runtime silent for so long in a pause of its own is taken for dead
 
 
@@ -362,7 +363,8 @@ class Endpoint:
             while flying and (flying[0].done or not consumer.ready):
                 land()
             address = consumer.acquire(_STALL_S)
-            flying.append(plan.begin_write(address, start, stop, self._threads))
+            lane = 1 + start // ring.slot_bytes % _LANES
+            flying.append(plan.begin_write(address, start, stop, self._threads, lane=lane))
             if len(flying) >= self._depth(ring):
                 land()
         while flying:
