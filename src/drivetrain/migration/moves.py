@@ -27,7 +27,9 @@ _ABSENT = ("gradual", "load_balanced")
 _PAUSE_S = 600.0
 _COPY_S = 600.0
 _PREPARE_S = 60.0
-_RING_SLOTS = 12
+_RING_SLOTS = 8
+MOST_RING_BYTES = _RING_SLOTS * RING_SLOT_BYTES
+"""Of host memory that a move takes, beside the state itself."""
 
 
 def check_strategy(name: str) -> str:

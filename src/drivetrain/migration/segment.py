@@ -29,9 +29,8 @@ from drivetrain.store.crash import crash_point
 
 HEADER_BYTES = 4096
 RING_SLOT_BYTES = 8 << 20
-"""A dozen such blocks stay in the last cache of a server's processor: what one side wrote, the
-other reads there. Of a ring that does not fit there each byte goes through main memory twice more.
-"""
+"""Eight such blocks stay in the last cache of a server's processor: what one side wrote, the other
+reads there. Of a ring that does not fit there each byte goes through main memory twice more."""
 _LONGEST_PAUSE_S = 2e-4  # the ring holds a millisecond of a fast link
 _PAGE = 4096
 _SLOT_MAGIC = 0x31544F4C53545244  # "DRTSLOT1"

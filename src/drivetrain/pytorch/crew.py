@@ -18,9 +18,9 @@ from typing import Any, Generic, TypeVar
 from drivetrain.hal import bytes as raw
 
 ONLY_COPY = 2**64 - 1
-MOST_COPYING, MOST_HASHING = 12, 24
-"""Threads of a crew. A dozen copy as fast as a GPU's link and more get in each other's way; what is
-only hashed comes from main memory, which serves more of them."""
+MOST_COPYING, MOST_HASHING = 14, 24
+"""Threads of a crew. A dozen copy as fast as a GPU's link, and many more get in each other's way;
+what is only hashed comes from main memory, which serves more of them."""
 _SHARE = 4  # pieces that one Python thread takes at once
 
 Result = TypeVar("Result")

@@ -13,6 +13,7 @@ from drivetrain import hal
 from drivetrain.errors import BadInput, DrivetrainError, PlacementError
 from drivetrain.hal.device import Device
 from drivetrain.hal.probe import probe, verdicts
+from drivetrain.migration.moves import MOST_RING_BYTES
 from drivetrain.migration.prediction import Past
 from drivetrain.placement import calibration
 from drivetrain.placement.policy import HEADROOM, Candidate, Placement, Workload, place
@@ -23,7 +24,6 @@ from drivetrain.runtime.status import StatusPage
 from drivetrain.store.database import Database, Lease
 from drivetrain.store.process import ProcessId
 
-RING_BYTES = 1 << 30
 _DEFAULT_COPY_GBPS = {"cuda": 20.0}
 _FALLBACK_GBPS = 2.0
 
@@ -94,7 +94,7 @@ class Placer:
         return Workload(
             script_key=self._key,
             memory_bytes=self._spec.get("memory"),
-            host_bytes=copies * self._state_bytes + (RING_BYTES if self._state_bytes else 0),
+            host_bytes=copies * self._state_bytes + (MOST_RING_BYTES if self._state_bytes else 0),
             features=features,
             prefer=tuple(self._spec.get("prefer", ())),
             on=on,
