@@ -27,8 +27,6 @@ some microseconds for each of them."""
 SLOTS = 3
 """So that all slots stay in the part of a server's last cache that devices write to: with 48 MiB
 instead of 30 a copy between two GPUs was seen to take a fifth longer."""
-LANES = 2
-"""Streams of a leg: one chunk is set up while the one before it moves."""
 
 
 def copy(dst: Buffer, src: Buffer, stream: Stream) -> None:
@@ -110,15 +108,15 @@ def direct(src: Opened, dst: Opened) -> bool:
     return known
 
 
-def _lanes(opened: Opened, stream: Stream, count: int) -> list[Stream]:
-    """Streams of a device behind ``stream``, which is the first of them if it is of that device."""
-    found = [opened.inner_stream(f"copy {number}") for number in range(count)]
-    if stream._opened is opened:
-        found[0] = stream
-    for lane in found:
-        if lane is not stream:
-            _behind(lane, stream)
-    return found
+def _ordered(dst: Buffer, src: Buffer, stream: Stream) -> tuple[Stream, Stream]:
+    """A stream on each side, both behind ``stream``; the caller's own where it is of that side."""
+    if stream._opened is dst._opened:
+        far = src._opened.inner_stream("copy")
+        _behind(far, stream)
+        return stream, far
+    near = dst._opened.inner_stream("copy")
+    _behind(near, stream)
+    return near, stream
 
 
 def _behind(inner: Stream, stream: Stream) -> None:
@@ -199,48 +197,42 @@ def _staged(dst: Buffer, src: Buffer, stream: Stream) -> None:
     """Each chunk: a slot is free once the chunk before it in there has left; out of the source
     into the slot; out of the slot into the destination. Between devices that share events the
     devices wait for each other, else the caller does."""
-    count = LANES if src.nbytes > CHUNK_BYTES else 1
-    into, out_of = _lanes(dst._opened, stream, count), _lanes(src._opened, stream, count)
-    for buffer, lanes in ((dst, into), (src, out_of)):
-        for lane in lanes:
-            buffer._note(lane)
+    into, out_of = _ordered(dst, src, stream)
+    dst._note(into)
+    src._note(out_of)
     staging = _staging(src._opened, dst._opened)
     with staging.lock:
         base = staging.buffer.ptr
         done = 0
-        filled: list[tuple[int, int, int, int, Event]] = []
+        filled: list[tuple[int, int, int, Event]] = []
 
         def drain() -> None:
-            slot, number, at, size, event = filled.pop(0)
-            lane = into[number % count]
-            lane.wait(event)
+            slot, at, size, event = filled.pop(0)
+            into.wait(event)
             slot_at = base + slot * CHUNK_BYTES
-            _leg(dst._opened, dst.ptr + at, slot_at, size, Way.HOST_TO_DEVICE, lane)
-            staging.emptied[slot] = lane.record()
+            _leg(dst._opened, dst.ptr + at, slot_at, size, Way.HOST_TO_DEVICE, into)
+            staging.emptied[slot] = into.record()
 
         try:
-            for number, size in enumerate(_chunks(src.nbytes)):
-                lane = out_of[number % count]
+            for size in _chunks(src.nbytes):
                 slot = staging.next
                 staging.next = (slot + 1) % SLOTS
                 emptied = staging.emptied[slot]
                 if emptied is not None:
-                    lane.wait(emptied)
+                    out_of.wait(emptied)
                 slot_at = base + slot * CHUNK_BYTES
-                _leg(src._opened, slot_at, src.ptr + done, size, Way.DEVICE_TO_HOST, lane)
-                filled.append((slot, number, done, size, lane.record()))
+                _leg(src._opened, slot_at, src.ptr + done, size, Way.DEVICE_TO_HOST, out_of)
+                filled.append((slot, done, size, out_of.record()))
                 done += size
                 if len(filled) >= SLOTS - 1:
                     drain()
             while filled:
                 drain()
         except BaseException:
-            for slot, _, _, _, event in filled:  # being written still, and never read
+            for slot, _, _, event in filled:  # being written still, and never read
                 staging.emptied[slot] = event
             raise
-    for lane in into:  # each of them is behind the chunks that left the source for it
-        if lane is not stream:
-            stream.wait(lane)
+    stream.wait(into if into is not stream else out_of)
 
 
 def _chunks(nbytes: int) -> Iterator[int]:

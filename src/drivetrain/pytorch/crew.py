@@ -49,10 +49,8 @@ class Begun(Generic[Result]):
 def begin(pieces: Sequence[Piece], threads: int) -> Begun[list[int]]:
     """Begin to copy or hash; the result is the hashes, one a piece (0 where only copied). The
     memory must stay until then."""
-    if threads >= 8:
-        threads -= 2  # the two processes of a move have a thread each that feeds its crew
     only_hashed = not any(piece[0] for piece in pieces)
-    threads = min(threads, MOST_HASHING if only_hashed else MOST_COPYING)
+    threads = _size(threads, MOST_HASHING if only_hashed else MOST_COPYING)
     if threads <= 1 or not pieces:
         hashes = _do(pieces)
         return Begun(lambda: hashes, lambda: True)
@@ -71,6 +69,20 @@ def begin(pieces: Sequence[Piece], threads: int) -> Begun[list[int]]:
         lambda: [value for share in shares for value in share.result()],
         lambda: all(share.done() for share in shares),
     )
+
+
+def warm(threads: int) -> None:
+    """Start what `begin` will want of so many threads, so that no start falls into a pause."""
+    for most in (MOST_COPYING, MOST_HASHING):
+        size = _size(threads, most)
+        if size > 1:
+            _crew(size, os.getpid())
+
+
+def _size(threads: int, most: int) -> int:
+    if threads >= 8:
+        threads -= 2  # the two processes of a move have a thread each that feeds its crew
+    return min(threads, most)
 
 
 def _do(pieces: Sequence[Piece]) -> list[int]:

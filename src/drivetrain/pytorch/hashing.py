@@ -6,7 +6,6 @@ which wrap, give the same numbers, and on a custom device the HAL's kernel (see 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -96,26 +95,20 @@ class ImagePlan:
         """Copies host memory at ``ptr`` into the image's bytes [start, stop)."""
         self.begin_write(ptr, start, stop, threads)()
 
-    def begin_write(
-        self, ptr: int, start: int, stop: int, threads: int = 1, *, lane: int = 0
-    ) -> Begun[None]:
-        """As write_from, but the work is only begun; ``ptr`` must stay until it is done.
-
-        On a GPU, writes of different ``lane``s (0: the current stream) do not follow each other:
-        one is set up while another's bytes still arrive."""
+    def begin_write(self, ptr: int, start: int, stop: int, threads: int = 1) -> Begun[None]:
+        """As write_from, but the work is only begun; ``ptr`` must stay until it is done."""
         work: list[Piece] = []
-        spans = list(self._spans(start, stop))
-        devices = {self.flats[span[0]].device for span in spans} - {torch.device("cpu")}
-        with _on_lane(devices, lane):
-            for number, inside, place, size in spans:
-                tensor = self.flats[number]
-                source = ptr + place - start
-                if tensor.device.type == "cpu":
-                    target = tensor.data_ptr() + inside
-                    work.append((target, source, size, crew.ONLY_COPY))
-                else:
-                    tensor[inside : inside + size].copy_(_host(source, size), non_blocking=True)
-            marks = _marks(devices)
+        devices = set()
+        for number, inside, place, size in self._spans(start, stop):
+            tensor = self.flats[number]
+            source = ptr + place - start
+            if tensor.device.type == "cpu":
+                target = tensor.data_ptr() + inside
+                work.append((target, source, size, crew.ONLY_COPY))
+            else:
+                tensor[inside : inside + size].copy_(_host(source, size), non_blocking=True)
+                devices.add(tensor.device)
+        marks = _marks(devices)
         written = crew.begin(work, threads)
 
         def finish() -> None:
@@ -252,12 +245,14 @@ def warm(device: torch.device) -> None:
     """Loads what the hashes of an accelerator need, so that no first use falls into a pause."""
     if device.type == "cpu":
         return
-    ImagePlan(
+    plan = ImagePlan(
         [
             torch.zeros(_at_once(device), dtype=torch.uint8, device=device),
             torch.zeros(100, dtype=torch.uint8, device=device),
         ]
-    ).hashes()
+    )
+    plan.hashes()
+    plan.begin_hashes(0, plan.nbytes)()
 
 
 def _marks(devices: Iterable[torch.device]) -> list[Any]:
@@ -271,21 +266,8 @@ def _marks(devices: Iterable[torch.device]) -> list[Any]:
 
 
 @cache
-def _side_stream(device: torch.device, number: int = 0) -> torch.cuda.Stream:
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-@contextlib.contextmanager
-def _on_lane(devices: Iterable[torch.device], lane: int) -> Iterator[None]:
-    """What is queued inside on GPUs goes to their streams of this lane, after what their current
-    streams have now; lane 0 is the current stream itself."""
-    with contextlib.ExitStack() as stack:
-        for device in devices:
-            if lane and device.type == "cuda":
-                stream = _side_stream(device, lane)
-                stream.wait_stream(torch.cuda.current_stream(device))
-                stack.enter_context(torch.cuda.stream(stream))
-        yield
 
 
 def _collect(waiting: Iterable[tuple[int, int, Tensor]]) -> Pieces:

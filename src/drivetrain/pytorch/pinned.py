@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,3 +53,19 @@ def beside(device: torch.device, after: Any) -> Iterator[None]:
     with torch.cuda.stream(stream):
         stream.wait_event(after)
         yield
+
+
+def lanes(device: torch.device, count: int) -> list[AbstractContextManager[Any]]:
+    """Streams of a GPU that do not wait for each other, all behind what its current stream has now:
+    work inside the i-th context goes to the i-th. On the CPU they change nothing."""
+    if device.type != "cuda":
+        return [contextlib.nullcontext() for _ in range(count)]
+    streams = [_lane(device, number) for number in range(count)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    return [torch.cuda.stream(stream) for stream in streams]
+
+
+@cache
+def _lane(device: torch.device, number: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import time
@@ -24,12 +25,13 @@ from drivetrain.hal.drivers import cuda_ipc
 from drivetrain.migration.integrity import state_hash
 from drivetrain.migration.loaded import load as load_checkpoint
 from drivetrain.migration.segment import Ring, Slot, newest_first
+from drivetrain.pytorch import crew
 from drivetrain.pytorch import tree as typed
 from drivetrain.pytorch.crew import Begun
 from drivetrain.pytorch.dense import flat
 from drivetrain.pytorch.hashing import ImagePlan, Pieces, warm
 from drivetrain.pytorch.image import chunks, combine
-from drivetrain.pytorch.pinned import Pinned
+from drivetrain.pytorch.pinned import Pinned, lanes
 from drivetrain.pytorch.state import TrainingState
 from drivetrain.runtime.agent import Agent
 from drivetrain.runtime.channel import Message
@@ -37,7 +39,7 @@ from drivetrain.store.crash import crash_point
 from drivetrain.training.replication import Replicator, Snapshot, same_memory, save_checkpoint
 
 _HASH_BYTES = 128 << 20  # hashed in one go on an accelerator, beside the copies
-_LANES = 2  # of the blocks that arrive on a GPU
+_LANES = 2  # on a GPU one block is set up while the one before it arrives
 _STALL_S = 60.0  # a runtime silent for so long in a pause of its own is taken for dead
 
 
@@ -351,6 +353,7 @@ class Endpoint:
             nbytes = plan.nbytes
         ring = self._attached()
         consumer = ring.consumer
+        lane = itertools.cycle(lanes(self.state.device, _LANES))
         flying: deque[Begun[None]] = deque()
 
         def land() -> None:
@@ -363,8 +366,8 @@ class Endpoint:
             while flying and (flying[0].done or not consumer.ready):
                 land()
             address = consumer.acquire(_STALL_S)
-            lane = 1 + start // ring.slot_bytes % _LANES
-            flying.append(plan.begin_write(address, start, stop, self._threads, lane=lane))
+            with next(lane):
+                flying.append(plan.begin_write(address, start, stop, self._threads))
             if len(flying) >= self._depth(ring):
                 land()
         while flying:
@@ -440,6 +443,8 @@ class Endpoint:
                 ring.touch()
                 self._pinned = Pinned(ring.address, ring.nbytes, self.state.device)
                 warm(self.state.device)
+                lanes(self.state.device, _LANES)
+                crew.warm(self._threads)
             except DrivetrainError as error:
                 self.agent.answer(message, "error", error=str(error))
             else:
