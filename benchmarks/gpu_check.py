@@ -1,4 +1,5 @@
-"""Everything that needs a GPU: the marked tests, floor 1's benchmarks, moves of 10 GiB, a failover.
+"""Everything that needs a GPU: the marked tests, the CUDA backend's own checks, floor 1's
+benchmarks, a failover, moves of 10 GiB.
 
 Run through `make gpu-check`. With two GPUs also the move between them, in workers that do not see
 each other's device. Ends 1 when a gate is missed or a check fails.
@@ -63,6 +64,13 @@ def _tests() -> None:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
     done = subprocess.run([*command, str(ROOT / "tests")], check=False, cwd=ROOT)
     _check("tests marked gpu", done.returncode in (0, 5))
+
+
+def _backend() -> None:
+    """What the kit does not ask of CUDA: the caller's context, torch's streams, a stray kernel."""
+    script = ROOT / "tools/hal_gpu_try.py"
+    done = subprocess.run([sys.executable, str(script)], check=False, cwd=ROOT, timeout=120)
+    _check("the cuda backend's own checks", done.returncode == 0, f"ended {done.returncode}")
 
 
 def _until(job: Any, step: int, limit_s: float = 240.0) -> None:
@@ -210,6 +218,7 @@ def main() -> int:
         with Runtime() as runtime:
             stages: dict[str, Callable[[], None]] = {
                 "tests": _tests,
+                "backend": _backend,
                 "hal": _hal,
                 "digits": lambda: _small(runtime, gpus),
                 "large": lambda: _large(runtime, gpus, report, rounds),

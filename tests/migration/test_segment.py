@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import multiprocessing
@@ -101,6 +102,24 @@ def test_segments_cannot_change_size_under_a_reader() -> None:
 def test_all_pages_are_there_from_the_start() -> None:
     with Slot.create(10, 3 << 20) as slot:
         assert os.fstat(slot.fd).st_blocks * 512 >= 3 << 20
+
+
+def test_a_large_ring_lies_in_huge_pages() -> None:
+    allowed = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+    release = tuple(int(part) for part in os.uname().release.split(".")[:2])
+    if release < (6, 1) or not allowed.exists() or "[deny]" in allowed.read_text():
+        pytest.skip("this kernel puts no pages together when it is asked to")
+
+    def huge_bytes() -> int:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if "ShmemHugePages" in line)
+
+    grown = 0
+    for _ in range(3):  # other processes come and go
+        before = huge_bytes()
+        with contextlib.closing(Ring.create(8, 8 << 20)):
+            grown = max(grown, huge_bytes() - before)
+    assert grown >= 32 << 20
 
 
 @pytest.mark.parametrize("point", ["slot.open", "slot.opened", "slot.close", "slot.closed"])
