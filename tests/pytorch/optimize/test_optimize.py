@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from drivetrain.errors import BadInput, DeviceLost
-from drivetrain.pytorch.optimize import Optimized, Report, Step, Trial, Tuned, optimize
+from drivetrain.pytorch.optimize import Optimized, Report, Step, Trial, Tuned, optimize, search
 from drivetrain.pytorch.optimize.capabilities import facts_of
 from drivetrain.pytorch.optimize.moe import MixtureOfExperts
 from drivetrain.pytorch.optimize.steps import builtin
@@ -172,6 +172,23 @@ def test_kernels_are_tuned_where_the_arithmetic_is_in_matrix_products() -> None:
     assert "of the arithmetic is convolutions" in said(convolved, image, "cuda")
     assert "convolutions" not in said(convolved, image, "cpu")
     assert "convolutions" not in said(Net().eval(), INPUT, "cuda")
+
+
+def test_on_a_processor_no_products_of_half_the_size_are_tuned(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(search, "HALVED", ("halves",))
+    compiling = [f"compile-{mode}" for mode in ("default", "reduce-overhead", "max-autotune")]
+    half = Step("halves", Step.of("halves", no_wait).change, "precision")
+    options = {"skip": ("flex-*", "bf16-*", "fp16-*", *compiling), "seconds": 60}
+    report = run(Net().eval(), half, **options).report
+    assert "halves" in report.kept
+    tuning = trial(report, "compile-max-autotune-no-cudagraphs")
+    assert (tuning.verdict, "half the size" in tuning.reason) == ("not tried", True)
+    monkeypatch.setattr(search, "HALVED", ())
+    monkeypatch.setattr(search, "COMPILATIONS", 0)  # it would be tried, were there any left
+    tuning = trial(run(Net().eval(), half, **options).report, tuning.step)
+    assert "half the size" not in tuning.reason
 
 
 def test_what_lost_by_little_is_measured_once_more_at_the_end() -> None:
@@ -360,11 +377,12 @@ class Attention(nn.Module):
 def test_attention_and_routing_are_choices_where_the_model_has_them() -> None:
     torch.manual_seed(0)
     report = run(Attention().eval(), inputs=torch.randn(2, 8, 16)).report
-    for name in ("sdpa-flash", "sdpa-math", "routing-grouped", "routing-dense"):
+    for name in ("sdpa-math", "routing-grouped", "routing-dense"):
         tried = trial(report, name)
         assert tried.verdict in ("kept", "not kept"), tried
         assert tried.error is not None
         assert tried.error < 1e-5
+    assert "taken by itself" in trial(report, "sdpa-flash").reason
 
 
 @pytest.mark.parametrize("routing", ["grouped", "dense"])

@@ -21,7 +21,7 @@ from drivetrain.errors import DeviceLost
 from drivetrain.pytorch.optimize.capabilities import lost
 from drivetrain.pytorch.optimize.measuring import ROUNDS, Call, Comparison, compare, memory
 from drivetrain.pytorch.optimize.report import Trial
-from drivetrain.pytorch.optimize.steps import GROUPS, Step
+from drivetrain.pytorch.optimize.steps import GROUPS, MOST_CONVOLVED, Step
 from drivetrain.pytorch.optimize.subject import Subject
 from drivetrain.pytorch.optimize.wrapped import Build
 
@@ -168,6 +168,8 @@ class Search:
     # -- order ------------------------------------------------------------------------------------
 
     def _compile(self, steps: list[Step]) -> None:
+        if self._products_are_the_librarys():
+            steps = self._without_tuning(steps)
         modes = [step for step in steps if step.group == "execution"]
         others = [step for step in steps if step.group != "execution"]
         tried: set[str] = set()
@@ -214,6 +216,25 @@ class Search:
                 return halved and factor >= 1 / NEAR
             return step.name.endswith("-autocast") and not halved and factor >= worth
         return step.group in ("layout", "attention") and factor >= worth
+
+    def _products_are_the_librarys(self) -> bool:
+        """Nothing is left to tune on a processor: its convolutions and its float32 products may
+        gain a little, products of half the size have instructions that the library uses best."""
+        return (
+            self.subject.device.type == "cpu"
+            and self.subject.convolved <= MOST_CONVOLVED
+            and any(step.name in HALVED for step in self.best.plan)
+        )
+
+    def _without_tuning(self, steps: list[Step]) -> list[Step]:
+        for step in steps:
+            if "autotune" in step.name:
+                self._skip(
+                    step,
+                    "on a processor the library's matrix products of half the size are as fast as "
+                    "tuned ones, and tuning takes as long as compiling",
+                )
+        return [step for step in steps if "autotune" not in step.name]
 
     def _has(self, mode: str) -> bool:
         return any(t.step == f"compile-{mode}" and t.seconds is not None for t in self.trials)

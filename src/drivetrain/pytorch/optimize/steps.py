@@ -197,8 +197,9 @@ def _sdpa_gate(backend: SDPBackend) -> Callable[[Subject], str]:
     def gate(subject: Subject) -> str:
         if not subject.attention:
             return "the model calls no scaled_dot_product_attention"
-        everywhere = backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION)
-        if subject.device.type == "cpu" and not everywhere:
+        if subject.device.type == "cpu" and backend is SDPBackend.FLASH_ATTENTION:
+            return "on processors it is taken by itself, wherever it can be"
+        if subject.device.type == "cpu" and backend is not SDPBackend.MATH:
             return "processors have only the flash and math back ends"
         if subject.device.type not in ("cpu", "cuda", "xpu") and backend is not SDPBackend.MATH:
             return f"{subject.device.type} has no such back end"
