@@ -63,6 +63,29 @@ def test_own_moves_outvote_a_noisy_model() -> None:
     assert within[True] >= 0.8 * (rounds - 3) > within[False]
 
 
+def test_a_good_model_outvotes_own_moves_of_other_conditions() -> None:
+    """The machine is now twice as fast, now half: the model, measured a moment before, sees it.
+
+    The control: the median of the job's own moves does not.
+    """
+    dice = random.Random(6)
+    within = {"predicted": 0, "median": 0}
+    past: list[Past] = []
+    rounds = 200
+    for number in range(rounds):
+        model = 0.012 * dice.uniform(0.5, 2.0)
+        real = model + 0.005 * dice.gauss(1.0, 0.2)
+        if number >= 3:
+            guesses = {
+                "predicted": predict(3 << 20, model, 0.0005, past),
+                "median": statistics.median(m.real_s for m in past[-9:]),
+            }
+            for name, guess in guesses.items():
+                within[name] += abs(guess - real) <= 0.25 * real
+        past.append(Past(3 << 20, model, real, own=True))
+    assert within["predicted"] >= 0.8 * (rounds - 3) > within["median"]
+
+
 def test_a_dry_step_that_is_a_little_slower_is_noise() -> None:
     assert slower_step_s(0.012, 0.010) == 0.0
     assert slower_step_s(0.100, 0.010) == pytest.approx(0.090)

@@ -106,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("result", type=Path, help="the JSON file to write")
     parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--batch", type=int, default=BATCH, help="samples a step")
     parser.add_argument(
         "--drop-step",
         type=int,
@@ -121,7 +122,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     device = drivetrain.device_for_this_job()
     training, held_out = digits()
-    loader = DataLoader(training, batch_size=BATCH, shuffle=True)
+    loader = DataLoader(training, batch_size=options.batch, shuffle=True)
     model = DigitsNet(len(training))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
