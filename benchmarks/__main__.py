@@ -1,6 +1,7 @@
 """Run every benchmark, one after the other, and end 1 when any missed its limit.
 
-python -m benchmarks [NAME...]      # NAME: startup for bench_startup.py
+python -m benchmarks                 # all of them
+python -m benchmarks move predict    # bench_move.py and bench_predict.py
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ HERE = Path(__file__).resolve().parent
 
 def main(names: list[str]) -> int:
     known = {path.stem.removeprefix("bench_"): path for path in sorted(HERE.glob("bench_*.py"))}
+    if {"-h", "--help"} & set(names):
+        print(f"{__doc__.strip()}\n\nNAME: {', '.join(known)}")
+        return 0
     unknown = [name for name in names if name not in known]
     if unknown:
         print(f"no benchmark {', '.join(unknown)}; there are: {', '.join(known)}", file=sys.stderr)
