@@ -109,6 +109,10 @@ def test_the_shapes_of_jobs_and_show(home: Home) -> None:
         "samples_doubled",
     } <= shown["failovers"][0].keys()
     assert shown["moves"][0]["hash_source"] == shown["moves"][0]["hash_target"]
+    waited = shown["moves"][0]["waited_ms"]
+    assert set(waited) == {"source", "target"}
+    # Neither began before it was asked; each waits for the other within the copy.
+    assert all(0 <= each <= shown["moves"][0]["phases_ms"]["copy"] for each in waited.values())
     assert shown["workers"] == []
     with closing(Database(home.state / "drivetrain.sqlite")) as database:
         assert database.placements(shown["id"]) == (shown["placement"],)

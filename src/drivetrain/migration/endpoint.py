@@ -29,10 +29,12 @@ class Cut:
 
 @dataclass(frozen=True)
 class Passed:
-    """Chunk hashes of what passed, and the seconds that the bytes were under way."""
+    """Chunk hashes of what passed, the seconds that the bytes were under way, and how many of them
+    this side waited for the other."""
 
     hashes: list[int]
     seconds: float = 0.0
+    waited_s: float = 0.0
 
 
 class Pending(Protocol[T]):

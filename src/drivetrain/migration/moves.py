@@ -44,7 +44,8 @@ def check_strategy(name: str) -> str:
 
 @dataclass
 class MoveReport:
-    """What a move did. ``downtime_ms``: from the source's last step to the target's first."""
+    """What a move did. ``downtime_ms``: from the source's last step to the target's first.
+    ``waited_ms``: how long the source and the target waited for each other's blocks of the copy."""
 
     id: str
     strategy: str
@@ -63,6 +64,7 @@ class MoveReport:
     steps_lost: int = 0
     steps_repeated: int = 0
     phases_ms: dict[str, float] = field(default_factory=dict)
+    waited_ms: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         found = asdict(self)
@@ -194,6 +196,8 @@ class Move:
         crash_point("move.copying")
         if peer is None:
             out, arrived = sent.result(_COPY_S), received.result(_COPY_S)
+            for name, side in (("source", out), ("target", arrived)):
+                self.report.waited_ms[name] = round(side.waited_s * 1e3, 3)
             self._note_rate(cut, max(out.seconds, arrived.seconds))
             return out.hashes, arrived.hashes
         received.result(_COPY_S)

@@ -345,6 +345,8 @@ class Ring:
             raise IntegrityError("The ring's header does not fit its size")
         self.producer = Producer(self)
         self.consumer = Consumer(self)
+        self.waited_s = 0.0
+        """Seconds that this process waited for the other side."""
 
     @classmethod
     def create(cls, slots: int = 8, slot_bytes: int = RING_SLOT_BYTES) -> Ring:
@@ -395,19 +397,21 @@ class Ring:
         self._segment.close()
 
     def _wait(self, ready: Callable[[], bool], timeout_s: float, for_what: str) -> None:
-        deadline = 0.0
+        began = 0.0
         pause = 50e-6
         for attempt in range(1 << 62):
             if self.aborted:
                 raise MigrationError("The copy was given up by the other side")
             if ready():
                 _fence()
+                if attempt:
+                    self.waited_s += time.monotonic() - began
                 return
+            if not attempt:
+                began = time.monotonic()
             if attempt < 50:
                 continue
-            now = time.monotonic()
-            deadline = deadline or now + timeout_s
-            if now >= deadline:
+            if time.monotonic() >= began + timeout_s:
                 raise MigrationError(
                     f"{for_what} within {timeout_s:g} s: the other side hangs or is gone"
                 )

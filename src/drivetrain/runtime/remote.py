@@ -121,7 +121,9 @@ class RemoteEndpoint:
 
 
 def _passed(message: Message) -> Passed:
-    return Passed(list(message.body["hashes"]), float(message.body.get("seconds", 0.0)))
+    body = message.body
+    seconds, waited_s = (float(body.get(name, 0.0)) for name in ("seconds", "waited_s"))
+    return Passed(list(body["hashes"]), seconds, waited_s)
 
 
 def _cut(body: dict[str, Any]) -> Cut:

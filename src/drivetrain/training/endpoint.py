@@ -130,7 +130,8 @@ class Endpoint:
             self._pause(message, step)
         elif message.op == "send":
             hashes, seconds = self._send(bool(message.body.get("host_only")))
-            agent.answer(message, hashes=hashes, seconds=seconds)
+            waited_s = self._attached().waited_s
+            agent.answer(message, hashes=hashes, seconds=seconds, waited_s=waited_s)
         elif message.op == "export":
             agent.answer(message, tensors=self._export())
         elif message.op in ("save", "checkpoint"):
@@ -308,7 +309,8 @@ class Endpoint:
             seconds = time.monotonic() - began
             crash_point("target.received")
             hashes = [] if host_only else self.plan().hashes(self._threads)
-            agent.answer(message, hashes=hashes, seconds=seconds)
+            waited_s = self._attached().waited_s
+            agent.answer(message, hashes=hashes, seconds=seconds, waited_s=waited_s)
         elif message.op == "export":
             agent.answer(message, tensors=self._export())
         elif message.op == "hash":
