@@ -66,5 +66,6 @@ def predict(nbytes: int, modelled_s: float, passing_s: float, past: Sequence[Pas
         missed_s = statistics.median(abs(each - statistics.median(fixed)) for each in fixed)
         model_missed_s = statistics.median(abs(m.real_s - m.modelled_s - more) for m in own)
         weight = (max(model_missed_s, _SAME_S) / max(missed_s, _SAME_S)) ** 2
-    model = min(max(model, learned / _DISTURBED), learned * _DISTURBED)
+    if learned > _LEAST_S:
+        model = min(max(model, learned / _DISTURBED), learned * _DISTURBED)
     return max((weight * learned + model) / (weight + 1), _LEAST_S)

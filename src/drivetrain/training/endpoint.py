@@ -446,7 +446,8 @@ class Endpoint:
                 self._pinned = Pinned(ring.address, ring.nbytes, self.state.device)
                 warm(self.state.device)
                 lanes(self.state.device, _LANES)
-                crew.warm(self._threads)
+                if self.state.device.type == "cpu":
+                    crew.warm(self._threads)
             except DrivetrainError as error:
                 self.agent.answer(message, "error", error=str(error))
             else:
