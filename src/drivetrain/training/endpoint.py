@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import json
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -25,21 +23,18 @@ from drivetrain.hal.drivers import cuda_ipc
 from drivetrain.migration.integrity import state_hash
 from drivetrain.migration.loaded import load as load_checkpoint
 from drivetrain.migration.segment import Ring, Slot, newest_first
-from drivetrain.pytorch import crew
 from drivetrain.pytorch import tree as typed
-from drivetrain.pytorch.crew import Begun
 from drivetrain.pytorch.dense import flat
-from drivetrain.pytorch.hashing import ImagePlan, Pieces, warm
+from drivetrain.pytorch.hashing import ImagePlan
 from drivetrain.pytorch.image import chunks, combine
-from drivetrain.pytorch.pinned import Pinned, lanes
+from drivetrain.pytorch.pinned import Pinned
 from drivetrain.pytorch.state import TrainingState
 from drivetrain.runtime.agent import Agent
 from drivetrain.runtime.channel import Message
 from drivetrain.store.crash import crash_point
+from drivetrain.training import passing
 from drivetrain.training.replication import Replicator, Snapshot, same_memory, save_checkpoint
 
-_HASH_BYTES = 128 << 20  # hashed in one go on an accelerator, beside the copies
-_LANES = 2  # on a GPU one block is set up while the one before it arrives
 _STALL_S = 60.0  # a runtime silent for so long in a pause of its own is taken for dead
 
 
@@ -223,42 +218,9 @@ class Endpoint:
         return self._pour(self.plan(self._cut)), time.monotonic() - began
 
     def _pour(self, plan: ImagePlan) -> list[int]:
-        ring = self._attached()
-        producer = ring.producer
-        hashes = [0] * chunks(plan.nbytes)
-        flying: deque[tuple[Begun[Pieces], int]] = deque()
-        hashing: list[Callable[[], Pieces]] = []
-        hashed = 0
-
-        def land() -> None:
-            finish, nbytes = flying.popleft()
-            combine(hashes, finish())
-            producer.commit(nbytes)
-
-        for start in range(0, plan.nbytes, ring.slot_bytes):
-            stop = min(start + ring.slot_bytes, plan.nbytes)
-            crash_point("source.sending")
-            if start >= hashed:  # in larger steps than the blocks: each costs many calls
-                hashed = min(start + _HASH_BYTES, plan.nbytes)
-                hashing.append(plan.begin_hashes(start, hashed))
-            while flying and (flying[0][0].done or not producer.ready):
-                land()
-            address = producer.acquire(_STALL_S)
-            begun = plan.begin_read(address, start, stop, self._threads, hash_too=False)
-            flying.append((begun, stop - start))
-            if len(flying) >= self._depth(ring):
-                land()
-        while flying:
-            land()
-        for collect in hashing:
-            combine(hashes, collect())
+        hashes = passing.pour(plan, self._attached(), self.state.device, self._threads)
         crash_point("source.sent")
         return hashes
-
-    def _depth(self, ring: Ring) -> int:
-        """How many blocks are under way at once: each in a thread, or queued on the device."""
-        most = self._threads if self.state.device.type == "cpu" else 4
-        return max(1, min(most, ring.slots // 2))
 
     # -- the target's side ----------------------------------------------------------------
 
@@ -352,28 +314,7 @@ class Endpoint:
         plan = self._receiving_plan(nbytes)
         if host_only:
             plan = self._host_plan()
-            nbytes = plan.nbytes
-        ring = self._attached()
-        consumer = ring.consumer
-        lane = itertools.cycle(lanes(self.state.device, _LANES))
-        flying: deque[Begun[None]] = deque()
-
-        def land() -> None:
-            flying.popleft()()
-            consumer.release()
-
-        for start in range(0, nbytes, ring.slot_bytes):
-            stop = min(start + ring.slot_bytes, nbytes)
-            crash_point("target.receiving")
-            while flying and (flying[0].done or not consumer.ready):
-                land()
-            address = consumer.acquire(_STALL_S)
-            with next(lane):
-                flying.append(plan.begin_write(address, start, stop, self._threads))
-            if len(flying) >= self._depth(ring):
-                land()
-        while flying:
-            land()
+        passing.take(plan, self._attached(), self.state.device, self._threads)
 
     def _receiving_plan(self, nbytes: int) -> ImagePlan:
         plan = self.plan()
@@ -444,10 +385,7 @@ class Endpoint:
                 ring = Ring.attach(fd)
                 ring.touch()
                 self._pinned = Pinned(ring.address, ring.nbytes, self.state.device)
-                warm(self.state.device)
-                lanes(self.state.device, _LANES)
-                if self.state.device.type == "cpu":
-                    crew.warm(self._threads)
+                passing.warm(self.state.device, self._threads)
             except DrivetrainError as error:
                 self.agent.answer(message, "error", error=str(error))
             else:
