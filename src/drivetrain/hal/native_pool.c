@@ -595,7 +595,7 @@ void dt_pool_forget_stream(dt_pool *pool, uint64_t stream, uint64_t heir) {
 
 uint64_t dt_pool_trim(dt_pool *pool, uint64_t keep) {
     pthread_mutex_lock(&pool->lock);
-    look_at_waiting(pool, 0);
+    look_at_waiting(pool, pool->counts.reserved > keep);
     uint64_t given = trim(pool, keep);
     unlock(pool);
     return given;

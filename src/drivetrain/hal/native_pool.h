@@ -66,7 +66,8 @@ int dt_pool_free(dt_pool *pool, uint64_t ptr, uint64_t stream);
 int dt_pool_used_by(dt_pool *pool, uint64_t ptr, uint64_t stream);
 /* The stream is about to end and heir waits for it: what it let go is heir's. */
 void dt_pool_forget_stream(dt_pool *pool, uint64_t stream, uint64_t heir);
-/* Give unused segments back until at most `keep` bytes are reserved; the bytes given back. */
+/* Give unused segments back until at most `keep` bytes are reserved; the bytes given back. What was
+ * let go is waited for first. */
 uint64_t dt_pool_trim(dt_pool *pool, uint64_t keep);
 void dt_pool_read(dt_pool *pool, dt_pool_counts *counts);
 
