@@ -43,6 +43,14 @@ class Setting:
         return f"{self.slots} x {self.slot_mib} MiB, {self.threads} threads"
 
 
+def ring_of(text: str) -> tuple[int, int]:
+    """(slots, MiB of each) of SLOTSxMIB. Raises ValueError."""
+    slots, _, mib = text.partition("x")
+    if not (slots.isdecimal() and mib.isdecimal() and int(slots) and int(mib)):
+        raise ValueError(f"{text!r} is no ring: give SLOTSxMIB, such as 8x8")
+    return int(slots), int(mib)
+
+
 def half(conn: Any, fds: list[int], device_name: str, nbytes: int) -> None:
     """One side, in a process of its own: told (setting, whether it sends), tells its seconds and
     how many of them it waited for the other."""
@@ -125,11 +133,15 @@ def main() -> int:
     parser.add_argument("--threads", default="14", help="the most that copy, with commas")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
-    shapes = [tuple(int(n) for n in shape.split("x")) for shape in options.rings.split(",")]
+    try:
+        shapes = [ring_of(shape) for shape in options.rings.split(",")]
+        most = [int(threads) for threads in options.threads.split(",")]
+        if min(most) < 1 or options.rounds < 1 or options.gib * 2**30 < TENSORS * 64:
+            raise ValueError("--threads, --rounds and --gib are above 0")
+    except ValueError as error:
+        parser.error(f"{error}; see --help")
     settings = [
-        Setting(ring, *shape, int(threads))
-        for ring, shape in enumerate(shapes)
-        for threads in options.threads.split(",")
+        Setting(ring, *shape, threads) for ring, shape in enumerate(shapes) for threads in most
     ]
     halves = Halves(options.device, int(options.gib * 2**30), settings)
     found: dict[tuple[Setting, str], list[tuple[float, float, float]]] = {}
