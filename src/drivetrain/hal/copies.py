@@ -25,9 +25,8 @@ CHUNK_BYTES = 10 << 20
 """A copy takes as long as all of its chunks on the slower leg and one of them on the other, and
 some microseconds for each of them."""
 SLOTS = 3
-"""So few that all of them stay in the part of a server's last cache that devices write to: in a
-larger ring each byte goes through main memory twice more, and a copy between two GPUs takes
-longer."""
+"""Few, so that they fit the part of a server's last cache that devices write to: between two GPUs
+larger rings were slower."""
 
 
 def copy(dst: Buffer, src: Buffer, stream: Stream) -> None:
