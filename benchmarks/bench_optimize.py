@@ -8,7 +8,8 @@ step is offered to ``optimize``.
 python benchmarks/bench_optimize.py [convnet|transformer] [--small] [--device ADDRESS] [--limit S]
 
 ``--limit S`` cuts the exhaustive search off after S seconds: it tries the two max-autotune modes
-last, and tuning the kernels of the large convnet takes many minutes. The line says what was left.
+last, the most promising plans of them first, and tuning the kernels of the large convnet takes many
+minutes a plan. The line says what was left.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def cut_off(seconds: float) -> Iterator[None]:
 
 def plans(subject: Subject, case: Case) -> list[tuple[Step, ...]]:
     """Every combination; bf16 is that of the weights, or autocast where weights lose too much.
-    Those that tune kernels come last."""
+    Those that tune kernels come last, the most promising of them (half the bytes, the layout that
+    the vendor's kernels like) first, so that what a cut-off leaves is the least likely to win."""
     steps = {step.name: step for step in builtin(subject)}
     half = build(subject, (steps["bf16-weights"],))
     right = subject.error(half.model) <= TOLERANCE
@@ -94,9 +96,11 @@ def plans(subject: Subject, case: Case) -> list[tuple[Step, ...]]:
     kinds = ATTENTION.get(subject.device.type, ("math",)) if case.attention else ()
     attention = ["", *(f"sdpa-{kind}" for kind in kinds)]
     execution = ["", *(f"compile-{mode}" for mode in MODES)]
-    every = itertools.product(precision, layout, attention, execution)
+    every = list(itertools.product(precision, layout, attention, execution))
+    quick = [names for names in every if "autotune" not in names[-1]]
+    tuned = [names for names in reversed(every) if "autotune" in names[-1]]
     found = []
-    for names in sorted(every, key=lambda names: "autotune" in names[-1]):
+    for names in quick + tuned:
         plan: tuple[Step, ...] = ()
         for name in filter(None, names):
             plan = with_step(plan, steps[name])
@@ -115,12 +119,14 @@ def exhaustive(subject: Subject, case: Case, limit_s: float) -> tuple[Candidate,
     with cut_off(limit_s):
         for plan in every:
             names = [step.name for step in plan]
+            begun = time.monotonic()
             try:
                 candidate = build(subject, plan)
                 if subject.error(candidate.model) <= TOLERANCE:
                     found = compare(eager.call, candidate.call, subject.device)
                     candidate.speedup = found.speedup
-                    print(f"    {names}: x{found.speedup:.2f}", flush=True)
+                    took_s = time.monotonic() - begun
+                    print(f"    {names}: x{found.speedup:.2f} ({took_s:.0f} s)", flush=True)
                     if candidate.speedup > best.speedup:
                         best = candidate
             except Exception as error:
