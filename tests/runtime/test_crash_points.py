@@ -173,8 +173,11 @@ def settle(home: Home, hosted: Hosted) -> Hosted:
 
     def settled(process: subprocess.Popen[bytes]) -> bool:
         job = home.job("j")
-        settling = job is None or job.view.present_state() not in SETTLED
-        return process.poll() is not None or not settling
+        if process.poll() is not None:
+            return True
+        if job is None or job.view.runtime is None or not job.view.runtime.alive:
+            return False  # begins, or is dying: its first thread ends before the process does
+        return job.view.present_state() in SETTLED
 
     for _ in range(8):
         until(partial(settled, hosted.process), "the job to settle")
