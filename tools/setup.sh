@@ -42,6 +42,9 @@ say "installing the project and what its tests use (torch is the large one)"
 "${pip[@]}" install --quiet --constraint constraints.txt setuptools
 "${pip[@]}" install --quiet --constraint constraints.txt --no-build-isolation \
     --editable '.[torch,kernels,placement,test,bench,dev]'
+# pip does not for an editable one; where PYTHONDONTWRITEBYTECODE is set, each worker would compile
+# every module anew.
+.venv/bin/python -m compileall -q src
 
 .venv/bin/python - <<'PY' >&2
 import importlib.util

@@ -24,7 +24,8 @@ from drivetrain.runtime.status import StatusPage
 from drivetrain.store.database import Database, Lease
 from drivetrain.store.process import ProcessId
 
-_DEFAULT_COPY_GBPS = {"cuda": 20.0}
+_GPU_GBPS = 20.0
+_CORE_GBPS = 2.0
 _FALLBACK_GBPS = 2.0
 
 
@@ -37,18 +38,30 @@ def script_key(script: str) -> str:
     return digest.hexdigest()
 
 
-def copy_gbps(database: Database, source: str, target: str, strategy: str) -> float:
-    """GB/s that a move's copy reached last between such drivers, else a careful guess."""
-    large = [
-        move.bandwidth
-        for move in database.moves()
-        if move.bandwidth
-        and move.nbytes >= 64 << 20
-        and (_kind(move.source), _kind(move.target), move.strategy) == (source, target, strategy)
-    ]
-    if large:
-        return float(large[0])
-    return min(_DEFAULT_COPY_GBPS.get(k, _FALLBACK_GBPS) for k in (source, target))
+def copy_gbps(database: Database, source: Device, target: Device, strategy: str) -> float:
+    """GB/s that a move's copy reached last between such drivers, else what ``calibrate`` measured
+    of their links, else a careful guess."""
+    drivers = (source.driver, target.driver, strategy)
+    for move in database.moves():
+        large = move.bandwidth and move.nbytes >= 64 << 20
+        if large and (_kind(move.source), _kind(move.target), move.strategy) == drivers:
+            return float(move.bandwidth or 0.0)
+    if strategy == "checkpointed":
+        return _FALLBACK_GBPS  # through a disk
+    known = calibration.load(source)
+    direct = 0.0
+    if known is not None and "cpu" not in drivers:
+        direct = known.links.get(target.uuid, 0.0)
+    return direct or min(_host_gbps(source, "to host"), _host_gbps(target, "from host"))
+
+
+def _host_gbps(device: Device, way: str) -> float:
+    """GB/s between a device and host memory, where nothing was moved yet."""
+    if device.driver == "cpu":  # each core copies, up to what a GPU is guessed to take
+        return min(_CORE_GBPS * (device.capabilities.cores or 1), _GPU_GBPS)
+    known = calibration.load(device)
+    measured = 0.0 if known is None else known.links.get(way, 0.0)
+    return measured or (_GPU_GBPS if device.driver == "cuda" else _FALLBACK_GBPS)
 
 
 def past_moves(
