@@ -61,7 +61,7 @@ def migrate(job: HostedJob, body: dict[str, Any], on_phase: Phase) -> dict[str, 
         target = start_waiting(job, "target", device, warm=str(body.get("warm") or "step"))
         until_ready(job, target)
         report.phases_ms["warm"] = round((time.monotonic() - began) * 1e3, 3)
-        move = _prepared_move(job, report, owner, target, device, phase, body)
+        move = _prepared_move(job, report, owner, target, phase, body)
         move.run()
     except DrivetrainError as error:
         report.reason = str(error)
@@ -79,7 +79,6 @@ def _prepared_move(
     report: MoveReport,
     owner: Worker,
     target: Worker,
-    device: Device,
     phase: Phase,
     body: dict[str, Any],
 ) -> Move:
@@ -91,8 +90,7 @@ def _prepared_move(
         report.steps_repeated = max(0, job.page.high_step - cut.step)
         return job.commit(target, "move", cut.step)
 
-    source = hal.device(owner.address)
-    drivers = (source.driver, device.driver, report.strategy)
+    pair = (owner.address, target.address, report.strategy)
     watching = _pump_watching(job, owner, target)
     return Move(
         report,
@@ -101,10 +99,10 @@ def _prepared_move(
         commit=commit,
         on_phase=phase,
         write_s=job.append_s,
-        copy_gbps=copy_gbps(job.database, source, device, report.strategy),
+        copy_gbps=copy_gbps(job.database, *pair),
         target_step_s=dry_ms / 1e3,
         max_downtime_s=None if limit is None else float(limit),
-        past=past_moves(job.database, *drivers, job.job_id),
+        past=past_moves(job.database, *pair, job.job_id),
         peer=_peer_copier(job, owner, target, report.strategy),
     )
 

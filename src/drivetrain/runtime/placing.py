@@ -38,21 +38,25 @@ def script_key(script: str) -> str:
     return digest.hexdigest()
 
 
-def copy_gbps(database: Database, source: Device, target: Device, strategy: str) -> float:
-    """GB/s that a move's copy reached last between such drivers, else what ``calibrate`` measured
-    of their links, else a careful guess."""
-    drivers = (source.driver, target.driver, strategy)
+def copy_gbps(database: Database, source: str, target: str, strategy: str) -> float:
+    """GB/s that a move's copy between two addresses is taken to reach: that of the last one between
+    such drivers, else what ``calibrate`` measured of their links, else a careful guess."""
+    drivers = (_kind(source), _kind(target), strategy)
     for move in database.moves():
         large = move.bandwidth and move.nbytes >= 64 << 20
         if large and (_kind(move.source), _kind(move.target), move.strategy) == drivers:
             return float(move.bandwidth or 0.0)
     if strategy == "checkpointed":
         return _FALLBACK_GBPS  # through a disk
-    known = calibration.load(source)
+    try:
+        start, end = hal.device(source), hal.device(target)
+    except DrivetrainError:  # a job may leave a device that is not listed any more
+        return _FALLBACK_GBPS
+    known = calibration.load(start)
     direct = 0.0
     if known is not None and "cpu" not in drivers:
-        direct = known.links.get(target.uuid, 0.0)
-    return direct or min(_host_gbps(source, "to host"), _host_gbps(target, "from host"))
+        direct = known.links.get(end.uuid, 0.0)
+    return direct or min(_host_gbps(start, "to host"), _host_gbps(end, "from host"))
 
 
 def _host_gbps(device: Device, way: str) -> float:
@@ -67,7 +71,8 @@ def _host_gbps(device: Device, way: str) -> float:
 def past_moves(
     database: Database, source: str, target: str, strategy: str, job: str = ""
 ) -> list[Past]:
-    """Moves between such drivers, oldest first; those of ``job`` are its own."""
+    """Moves between two addresses' drivers, oldest first; those of ``job`` are its own."""
+    drivers = (_kind(source), _kind(target), strategy)
     return [
         Past(
             move.nbytes,
@@ -79,7 +84,7 @@ def past_moves(
         for move in reversed(database.moves())
         if move.predicted_s is not None
         and move.real_s is not None
-        and (_kind(move.source), _kind(move.target), move.strategy) == (source, target, strategy)
+        and (_kind(move.source), _kind(move.target), move.strategy) == drivers
     ]
 
 
