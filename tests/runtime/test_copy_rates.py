@@ -63,9 +63,10 @@ def test_a_guess_grows_with_the_cores_up_to_what_a_gpu_is_guessed_to_take(
 
 def test_a_calibrated_link_says_more_than_a_guess(database: Database) -> None:
     calibrated("cuda:0", **{"to host": 11.0, "from host": 7.0, MACHINE["cuda:1"].uuid: 300.0})
+    calibrated("cuda:1", **{"to host": 50.0, "from host": 9.0})
     assert copy_gbps(database, "cuda:0", "cpu:0", "immediate") == 11.0
     assert copy_gbps(database, "cpu:0", "cuda:0", "immediate") == 7.0
-    assert copy_gbps(database, "cuda:0", "cuda:1", "immediate") == 300.0
+    assert copy_gbps(database, "cuda:0", "cuda:1", "immediate") == 9.0  # it may be staged
     assert copy_gbps(database, "cpu:2", "cuda:0", "immediate") < 7.0
     assert copy_gbps(database, "cuda:0", "cuda:1", "checkpointed") < 7.0  # through a disk
 

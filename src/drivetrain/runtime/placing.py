@@ -40,23 +40,22 @@ def script_key(script: str) -> str:
 
 def copy_gbps(database: Database, source: str, target: str, strategy: str) -> float:
     """GB/s that a move's copy between two addresses is taken to reach: that of the last one between
-    such drivers, else what ``calibrate`` measured of their links, else a careful guess."""
+    such drivers, else by way of the host as ``calibrate`` measured it, else a careful guess.
+
+    A copy between peers may turn out to be staged, so nothing is promised of one unseen."""
     drivers = (_kind(source), _kind(target), strategy)
     for move in database.moves():
-        large = move.bandwidth and move.nbytes >= 64 << 20
-        if large and (_kind(move.source), _kind(move.target), move.strategy) == drivers:
-            return float(move.bandwidth or 0.0)
+        if not move.bandwidth or move.nbytes < 64 << 20:
+            continue
+        if (_kind(move.source), _kind(move.target), move.strategy) == drivers:
+            return float(move.bandwidth)
     if strategy == "checkpointed":
         return _FALLBACK_GBPS  # through a disk
     try:
         start, end = hal.device(source), hal.device(target)
     except DrivetrainError:  # a job may leave a device that is not listed any more
         return _FALLBACK_GBPS
-    known = calibration.load(start)
-    direct = 0.0
-    if known is not None and "cpu" not in drivers:
-        direct = known.links.get(end.uuid, 0.0)
-    return direct or min(_host_gbps(start, "to host"), _host_gbps(end, "from host"))
+    return min(_host_gbps(start, "to host"), _host_gbps(end, "from host"))
 
 
 def _host_gbps(device: Device, way: str) -> float:

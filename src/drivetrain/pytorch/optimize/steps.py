@@ -272,8 +272,8 @@ def _compiling() -> tuple[Step, ...]:
             on_gpu = subject.device.type != "cpu"
             if tuned and on_gpu and subject.convolved > MOST_CONVOLVED:
                 return (
-                    f"{subject.convolved:.0%} of the arithmetic is convolutions: minutes of tuning "
-                    "for what the vendor's library does best; matrix products are what it tunes"
+                    f"{subject.convolved:.0%} of the arithmetic is convolutions: tuning them takes "
+                    "minutes, where the vendor's library is tuned already"
                 )
             graphs = mode in ("reduce-overhead", "max-autotune")
             if graphs and subject.objective == "memory":
