@@ -216,9 +216,12 @@ class Bench:
                 self.plan()
         name = f"graph of {GRAPH_KERNELS} kernels"
         ways = {
-            name: self.timed(lambda: graph.launch(self.stream), REPLAYS),
+            name: self.timed(
+                Statement("graph.launch(stream)", graph=graph, stream=self.stream), REPLAYS
+            ),
             f"{GRAPH_KERNELS} x plan()": self.timed(
-                lambda: [self.plan() for _ in range(GRAPH_KERNELS)], REPLAYS
+                Statement("for _ in each: plan()", each=range(GRAPH_KERNELS), plan=self.plan),
+                REPLAYS,
             ),
         }
         in_c = self._graph_floor(graph)

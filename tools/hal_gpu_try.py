@@ -745,26 +745,30 @@ def streams_of_torch(t: Bench) -> Any:
     if not torch.cuda.is_available():
         return "torch sees no GPU"
     device = f"cuda:{t.b._context.device}"
-    theirs = torch.cuda.Stream(device=device)
-    with torch.cuda.stream(theirs):
-        tensor = torch.arange(1000, dtype=torch.int32, device=device)
-        t.launch(
-            "add", ctypes.c_uint64(tensor.data_ptr()), ctypes.c_int(5), stream=theirs.cuda_stream
-        )
-    assert t.b.stream_synchronize(theirs.cuda_stream, 5)
-    assert tensor[0].item() == 5
-    graph = torch.cuda.CUDAGraph()
-    static = torch.zeros(8, dtype=torch.int32, device=device)
-    with torch.cuda.graph(graph, capture_error_mode="relaxed"):
-        stream = torch.cuda.current_stream(device).cuda_stream
-        raises(HalError, "capturing", t.b.stream_done, stream)
-        raises(HalError, "capturing", t.b.stream_synchronize, stream, 1.0)
-        raises(HalError, "capturing", t.b.alloc, 64, Kind.DEVICE, stream)
-        t.launch("add", ctypes.c_uint64(static.data_ptr()), ctypes.c_int(1), stream=stream)
-    for _ in range(3):
-        graph.replay()
-    torch.cuda.synchronize(device)
-    assert static[0].item() == 3
+    with torch.cuda.device(device):  # torch captures on the one that is current
+        theirs = torch.cuda.Stream(device=device)
+        with torch.cuda.stream(theirs):
+            tensor = torch.arange(1000, dtype=torch.int32, device=device)
+            t.launch(
+                "add",
+                ctypes.c_uint64(tensor.data_ptr()),
+                ctypes.c_int(5),
+                stream=theirs.cuda_stream,
+            )
+        assert t.b.stream_synchronize(theirs.cuda_stream, 5)
+        assert tensor[0].item() == 5
+        graph = torch.cuda.CUDAGraph()
+        static = torch.zeros(8, dtype=torch.int32, device=device)
+        with torch.cuda.graph(graph, capture_error_mode="relaxed"):
+            stream = torch.cuda.current_stream(device).cuda_stream
+            raises(HalError, "capturing", t.b.stream_done, stream)
+            raises(HalError, "capturing", t.b.stream_synchronize, stream, 1.0)
+            raises(HalError, "capturing", t.b.alloc, 64, Kind.DEVICE, stream)
+            t.launch("add", ctypes.c_uint64(static.data_ptr()), ctypes.c_int(1), stream=stream)
+        for _ in range(3):
+            graph.replay()
+        torch.cuda.synchronize(device)
+        assert static[0].item() == 3
     return torch.__version__
 
 
