@@ -17,6 +17,7 @@
 
 #define MOST_QUEUED UINT64_C(32768) /* commands of one stream; then the caller waits */
 #define MOST_SPARES 4096
+#define WRITTEN ((size_t)3 * DT_LINE) /* bytes of a command that most callers write */
 #define AT_ONCE ((size_t)2 << 10)   /* bytes that the caller copies with the mutex held */
 #define BY_CALLER ((size_t)32 << 10) /* bytes that the caller copies when the stream is idle */
 #define STAGED ((size_t)256 << 10)  /* bytes of a host source that are copied into the command */
@@ -115,8 +116,11 @@ dt_command *dt_command_new(dt_cpu *device, dt_command_kind kind) {
     if (command) {
         device->spare = command->next;
         device->spares--;
+        if (command->next) /* the next caller finds it at hand */
+            for (size_t at = 0; at < WRITTEN; at += DT_LINE)
+                dt_fetch_to_write((const char *)command->next + at);
     } else {
-        command = aligned_alloc(16, sizeof *command);
+        command = aligned_alloc(DT_LINE, sizeof *command);
         if (!command) return NULL;
     }
     command->next = NULL;

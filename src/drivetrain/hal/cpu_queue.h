@@ -88,14 +88,19 @@ DT_INSIDE void dt_module_release(dt_cpu_module *module);
 
 typedef enum { DT_RUN, DT_COPY, DT_FILL, DT_FREE, DT_RECORD, DT_WAIT } dt_command_kind;
 
-#define DT_COMMAND_ROOM 320 /* bytes of arguments that need no memory of their own */
+#define DT_COMMAND_ROOM 352 /* bytes of arguments that need no memory of their own */
+#define DT_LINE 64          /* bytes of a cache line */
 
+/* What the caller writes comes first and close together, and what only a worker writes stands in a
+ * line of its own: a command that is used again has its lines in the worker's cache, and each that
+ * the caller writes must come from there. */
 typedef struct dt_command dt_command;
 struct dt_command {
-    dt_command *next;
+    _Alignas(DT_LINE) dt_command *next;
     dt_cpu_stream *stream;
     void *payload; /* malloc's, freed with the command */
     dt_command_kind kind;
+    _Atomic int code;
     union {
         struct {
             dt_cpu_function *function;
@@ -115,15 +120,14 @@ struct dt_command {
         void *address;
         dt_mark *mark;
     } as;
+    _Alignas(16) unsigned char room[DT_COMMAND_ROOM];
     /* While its parts are shared out: */
-    dt_command *next_job;
+    _Alignas(DT_LINE) dt_command *next_job;
     uint64_t parts, step;
     _Atomic uint64_t taken;
     unsigned users; /* workers inside; under the device's mutex */
     int listed;     /* the same */
-    _Atomic int code;
     _Atomic uint64_t failed_at;
-    _Alignas(16) unsigned char room[DT_COMMAND_ROOM];
 };
 
 /* -- streams, events, devices ------------------------------------------------------------------ */
@@ -201,6 +205,15 @@ DT_INSIDE int64_t dt_now_ns(void);
 /* Sleep while *word is `value`, at most limit_ns (below 0: no limit). */
 DT_INSIDE void dt_sleep(_Atomic uint32_t *word, uint32_t value, int64_t limit_ns);
 DT_INSIDE void dt_wake(_Atomic uint32_t *word, unsigned most);
+
+/* Begin to fetch a cache line that is written soon. */
+static inline void dt_fetch_to_write(const void *at) {
+#if defined(__x86_64__) || defined(__i386__)
+    __asm__ volatile("prefetchw %0" : : "m"(*(const char *)at));
+#else
+    __builtin_prefetch(at, 1);
+#endif
+}
 
 #define DT_SPIN_NS 40000 /* how long a waiter looks before it sleeps */
 
