@@ -225,11 +225,19 @@ def test_torch_and_arrays_share_memory_through_dlpack() -> None:
     halves = ops.asarray([1.5, -2.0], dtype="bfloat16", **CPU)
     assert torch.from_dlpack(halves).dtype == torch.bfloat16
     assert torch.from_dlpack(halves).tolist() == halves.tolist() == [1.5, -2.0]
-    copied = ops.asarray(tensor, **CPU)
-    tensor.zero_()
-    assert copied.tolist() == [[1, 2, 3], [4, 5, 6]]
     with pytest.raises(BadInput, match="numpy has no bfloat16"):
         halves.numpy()
+
+
+def test_a_tensor_may_be_written_as_soon_as_it_was_copied() -> None:
+    torch = pytest.importorskip("torch")
+    busy = ops.random.normal((1 << 20,), seed=1, **CPU)
+    for number in range(20):
+        tensor = torch.full((2, 3), float(number))
+        busy = busy + 1  # what keeps the stream from the copy
+        copied = ops.asarray(tensor, **CPU)
+        tensor.zero_()
+        assert copied.tolist() == [[number] * 3] * 2
 
 
 def test_what_is_exported_is_done() -> None:

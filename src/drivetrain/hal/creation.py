@@ -328,8 +328,16 @@ def _of_tensor(obj: Any, device: Any, stream: Stream | None, copy: bool | None) 
     if found.device != on.device:
         if copy is False:
             raise BadInput(f"asarray: memory of {found.device} is copied to {on.device}")
-        return found.to(on.device, stream=on)
-    return found if copy is False else strided.compact(found, on, always=True)
+        return _out_of(found, found.to(on.device, stream=on))
+    return found if copy is False else _out_of(found, strided.compact(found, on, always=True))
+
+
+def _out_of(source: Array, copied: Array) -> Array:
+    """``copied``, done where the source is memory of the host: its owner may write it at any time,
+    with no stream that such a write could wait for. In a capture the copy has yet to come."""
+    if source.device.driver == "cpu" and copied.stream._graph is None:
+        copied.stream.synchronize()
+    return copied
 
 
 def from_dlpack(
@@ -354,4 +362,6 @@ def from_dlpack(
     if not prod(tensor.shape):
         found = Array(found.memory, 0, tensor.shape, layout.compact(tensor.shape), kind, on)
     asked = None if device is None else (find(device) if isinstance(device, str) else device)
-    return found if asked is None or asked == where else found.to(asked, stream=stream)
+    if asked is None or asked == where:
+        return found
+    return _out_of(found, found.to(asked, stream=stream))
