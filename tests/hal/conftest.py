@@ -3,8 +3,6 @@
 ``rig`` is two devices of one driver with the same few kernels: the cpu, the simulated device, or a
 CUDA device over a fake ``libcuda``. The fake is built once; each test gets a copy of it, as if it
 ran in a process of its own.
-
-The machines that run these tests are shared, so single hypothesis examples have no deadline.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
-from hypothesis import settings
 
 from drivetrain import hal
 from drivetrain.hal import registry
@@ -31,9 +28,6 @@ from drivetrain.hal.device import DeviceInfo
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fakes import FakeCuda, built
-
-settings.register_profile("hal", deadline=None, max_examples=60)
-settings.load_profile("hal")
 
 OUTSIDE = '''
 """Two drivers; importing them leaves a mark."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -112,6 +112,8 @@ def same(a: Any, b: Any) -> bool:
 
 
 @settings(max_examples=250, deadline=None)
+@example(np.str_("a\0"))
+@example({np.str_("\0"): np.bytes_(b"\0")})
 @given(values)
 def test_any_value_comes_back_with_its_types_and_exact_bits(value: Any) -> None:
     text = tree.dumps(tree.encode(value, "vars", {}))

@@ -180,8 +180,8 @@ def _encode_tensor(value: Tensor, path: str, tensors: dict[str, Tensor] | None) 
 
 def _encode_numpy(value: Any, path: str) -> Json:
     numpy = sys.modules["numpy"]
-    if type(value) is numpy.str_:  # an array of it would lose NULs at its end
-        return {"str_": _encode_str(str(value))}
+    if type(value) is numpy.str_:  # an array of it, and its own str(), would lose NULs at its end
+        return {"str_": _encode_str(str.__str__(value))}
     if type(value) is numpy.bytes_:
         return {"bytes_": _b64(bytes(value))}
     dtype = value.dtype.str
