@@ -26,6 +26,7 @@ from benchmarks.hal import peers
 from benchmarks.hal.common import (
     QUEUED,
     QUICK,
+    ROUNDS,
     Call,
     HalReport,
     Measure,
@@ -72,6 +73,7 @@ class Bench:
         self.stream.synchronize()
         self.abi, self.launcher = self.stream._opened.calls[:2]
         self.busy = device.driver == "cpu" or device.memory_domain == "host"
+        self.rounds = ROUNDS if self.busy or QUICK else 9 * ROUNDS  # where no time goes to holding
         self.span = (
             replace(QUEUED, start="before the call, the stream busy") if self.busy else QUEUED
         )
@@ -136,7 +138,7 @@ class Bench:
         ways = self.floor_launch()
         ways |= {"plan()": self.timed(self.plan), "kernel(...)": self.timed(self.call())}
         ways |= {name: calls(way, LAUNCHES) for name, way in others.items()}
-        found = interleaved(ways, self.settle)
+        found = interleaved(ways, self.settle, self.rounds)
         span = replace(
             self.span,
             floor=C_LOOP if C_LOOP in ways else "none: C cannot call this driver",
@@ -162,7 +164,7 @@ class Bench:
             **self.floor_launch(),
             **{name: calls(way, LAUNCHES, hold) for name, way in others.items()},
         }
-        found = interleaved(ways, self.settle)
+        found = interleaved(ways, self.settle, self.rounds)
         peer = "pyopencl kernel(...)"
         span = replace(self.span, floor=C_LOOP, peer=peer)
         self.report.show(f"OpenCL launch on {self.device.address}", found, span)
@@ -181,7 +183,7 @@ class Bench:
         ours = Statement("device.alloc(n, stream=stream).close()", **names)
         ways = {name: calls(ours, 2 * LAUNCHES)}
         ways |= {other: calls(way, 2 * LAUNCHES) for other, way in others.items()}
-        found = interleaved(ways, self.settle)
+        found = interleaved(ways, self.settle, self.rounds)
         peer = gate if gate in others else next(iter(others), "none is installed")
         span = replace(QUEUED, end="its return, the memory free again", peer=peer)
         span = replace(span, floor="none: no driver has free lists of its own to loop over")
@@ -200,7 +202,7 @@ class Bench:
             facts = (record, event._handle, self.stream.handle, LAUNCHES)
             ways[C_RECORD] = self.in_c(floor().floor_record, *facts)
         ways |= {name: calls(way, LAUNCHES, hold) for name, way in others.items()}
-        found = interleaved(ways, self.settle)
+        found = interleaved(ways, self.settle, self.rounds)
         span = replace(
             self.span,
             floor=C_RECORD if record else "none: C cannot call this driver's record",
@@ -236,7 +238,7 @@ class Bench:
         in_c = self._graph_floor(graph)
         if in_c is not None:
             ways[C_GRAPH] = in_c
-        found = interleaved(ways, self.settle)
+        found = interleaved(ways, self.settle, self.rounds)
         span = replace(self.span, floor=C_GRAPH if in_c else "none: C cannot call this driver's")
         span = replace(span, peer=f"{GRAPH_KERNELS} x plan()")
         self.report.show(f"graphs on {self.device.address}", found, span)

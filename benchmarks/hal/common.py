@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import statistics
 import sys
@@ -29,7 +30,7 @@ class Statement:
         self._loop, self._names = scope["loop"], names
 
     def repeat(self, count: int) -> None:
-        self._loop(range(count), **self._names)
+        self._loop(itertools.repeat(None, count), **self._names)
 
 
 Call = Callable[[], object]
