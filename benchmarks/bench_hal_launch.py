@@ -1,11 +1,11 @@
 """Launches, events, memory and graphs of each device, against the C loop and the peers.
 
 Start: before the call; end: its return (the work is queued, not done; queues are emptied between
-rounds). Where the device is the processor itself, the stream is kept busy meanwhile: its threads
-would else fall asleep between two calls, and waking them would be measured. Floor: the same driver
-call from a C loop in this process. Peers: cuda.core, CuPy and torch on NVIDIA GPUs, pyopencl on
-OpenCL, torch's and pyopencl's memory on the CPU; those that are not installed are named. All checks
-of bad input are on.
+rounds). All calls come from one core. Where the device is the processor itself, the stream is kept
+busy meanwhile: its threads would else fall asleep between two calls, and waking them would be
+measured. Floor: the same driver call from a C loop in this process. Peers: cuda.core, CuPy and
+torch on NVIDIA GPUs, pyopencl on OpenCL, torch's and pyopencl's memory on the CPU; those that are
+not installed are named. All checks of bad input are on.
 
     python -m benchmarks hal_launch
     python benchmarks/bench_hal_launch.py [--quick] [--json] [cpu opencl cuda]
@@ -16,7 +16,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from benchmarks.hal.common import (
     calls,
     difference,
     interleaved,
+    on_one_core,
     ratio,
     words,
 )
@@ -48,7 +49,7 @@ PLAN_US, CALL_US = 0.20, 0.35
 ALLOC_BYTES = 1 << 20
 GRAPH_KERNELS = 100
 REPLAYS = 5 if QUICK else 20
-HOLD_S = 0.02 if QUICK else 0.08
+HOLD_S = 0.02 if QUICK else 0.04
 C_LOOP, C_GRAPH, C_RECORD = "C loop", "C graph launch", "C record"
 
 
@@ -73,7 +74,7 @@ class Bench:
         self.stream.synchronize()
         self.abi, self.launcher = self.stream._opened.calls[:2]
         self.busy = device.driver == "cpu" or device.memory_domain == "host"
-        self.rounds = ROUNDS if self.busy or QUICK else 9 * ROUNDS  # where no time goes to holding
+        self.rounds = ROUNDS if QUICK else ROUNDS * (3 if self.busy else 9)  # holding takes long
         self.span = (
             replace(QUEUED, start="before the call, the stream busy") if self.busy else QUEUED
         )
@@ -118,6 +119,10 @@ class Bench:
     def settle(self) -> None:
         self.device.synchronize()
 
+    def interleaved(self, ways: Mapping[str, Measure]) -> dict[str, list[float]]:
+        with on_one_core():
+            return interleaved(ways, self.settle, self.rounds)
+
     def floor_launch(self) -> dict[str, Measure]:
         """The C loop over the driver's own launch; empty where C cannot call it."""
         name = {1: "cuda", 2: "plain", 3: "opencl"}.get(self.abi)
@@ -138,7 +143,7 @@ class Bench:
         ways = self.floor_launch()
         ways |= {"plan()": self.timed(self.plan), "kernel(...)": self.timed(self.call())}
         ways |= {name: calls(way, LAUNCHES) for name, way in others.items()}
-        found = interleaved(ways, self.settle, self.rounds)
+        found = self.interleaved(ways)
         span = replace(
             self.span,
             floor=C_LOOP if C_LOOP in ways else "none: C cannot call this driver",
@@ -164,7 +169,7 @@ class Bench:
             **self.floor_launch(),
             **{name: calls(way, LAUNCHES, hold) for name, way in others.items()},
         }
-        found = interleaved(ways, self.settle, self.rounds)
+        found = self.interleaved(ways)
         peer = "pyopencl kernel(...)"
         span = replace(self.span, floor=C_LOOP, peer=peer)
         self.report.show(f"OpenCL launch on {self.device.address}", found, span)
@@ -183,7 +188,7 @@ class Bench:
         ours = Statement("device.alloc(n, stream=stream).close()", **names)
         ways = {name: calls(ours, 2 * LAUNCHES)}
         ways |= {other: calls(way, 2 * LAUNCHES) for other, way in others.items()}
-        found = interleaved(ways, self.settle, self.rounds)
+        found = self.interleaved(ways)
         peer = gate if gate in others else next(iter(others), "none is installed")
         span = replace(QUEUED, end="its return, the memory free again", peer=peer)
         span = replace(span, floor="none: no driver has free lists of its own to loop over")
@@ -202,7 +207,7 @@ class Bench:
             facts = (record, event._handle, self.stream.handle, LAUNCHES)
             ways[C_RECORD] = self.in_c(floor().floor_record, *facts)
         ways |= {name: calls(way, LAUNCHES, hold) for name, way in others.items()}
-        found = interleaved(ways, self.settle, self.rounds)
+        found = self.interleaved(ways)
         span = replace(
             self.span,
             floor=C_RECORD if record else "none: C cannot call this driver's record",
@@ -238,7 +243,7 @@ class Bench:
         in_c = self._graph_floor(graph)
         if in_c is not None:
             ways[C_GRAPH] = in_c
-        found = interleaved(ways, self.settle, self.rounds)
+        found = self.interleaved(ways)
         span = replace(self.span, floor=C_GRAPH if in_c else "none: C cannot call this driver's")
         span = replace(span, peer=f"{GRAPH_KERNELS} x plan()")
         self.report.show(f"graphs on {self.device.address}", found, span)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -223,6 +226,20 @@ def interleaved(
             found[name].append(measures[name]())
             settle()
     return found
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """This thread stays on the core that it is on: a wait ends on whichever core is free, where the
+    caches are another's, and the calls after it would show that. Threads made inside stay there
+    too: make those that work before."""
+    before = os.sched_getaffinity(0)
+    here = ctypes.CDLL(None).sched_getcpu()
+    os.sched_setaffinity(0, {here} & before or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def difference(found: Found, name: str, base: str) -> tuple[float, float]:
