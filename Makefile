@@ -68,6 +68,7 @@ judge-torch: setup
 
 soak: setup
 	@$(BIN)/python -m pytest -m soak --timeout 3600
+	@$(BIN)/python -m pytest -m "hypothesis and not soak and not gpu" --hypothesis-profile soak --timeout 3600
 
 bench: setup
 	@$(BIN)/python -m benchmarks

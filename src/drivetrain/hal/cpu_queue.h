@@ -192,10 +192,20 @@ DT_INSIDE extern _Atomic uint32_t dt_generation;
 DT_INSIDE int dt_stream_begin(dt_cpu_stream *stream, dt_cpu **device);
 /* The same for what needs only a live device. */
 DT_INSIDE int dt_device_begin(dt_cpu *device);
-/* With the mutex held: a command to fill in, or NULL. */
+/* With the mutex held: a command to fill in, or NULL; and what gives it back. */
 DT_INSIDE dt_command *dt_command_new(dt_cpu *device, dt_command_kind kind);
-/* With the mutex held, which it gives back: queue the command. */
+DT_INSIDE void dt_command_free(dt_cpu *device, dt_command *command);
+/* What the command held; without the mutex, since a module may end here. */
+DT_INSIDE void dt_command_release(dt_command *command);
+/* With the mutex held, which it gives back: queue the command; and wait until it is done. */
 DT_INSIDE void dt_stream_append(dt_cpu *device, dt_cpu_stream *stream, dt_command *command);
+DT_INSIDE int dt_stream_append_and_wait(dt_cpu *device, dt_cpu_stream *stream, dt_command *command,
+                                        int64_t limit_ns);
+/* The caller does a small thing itself while the stream is idle; others may queue behind it. The
+ * first is called with the mutex held and gives it back, the second without it. */
+DT_INSIDE void dt_caller_takes(dt_cpu *device, dt_cpu_stream *stream);
+DT_INSIDE void dt_caller_did(dt_cpu *device, dt_cpu_stream *stream);
+DT_INSIDE void dt_fill(char *dst, size_t nbytes, const unsigned char pattern[16]);
 /* A stream that waited for a mark goes on. */
 DT_INSIDE void dt_stream_ready(dt_cpu_stream *stream);
 /* With the mutex held: let go of every event. */
