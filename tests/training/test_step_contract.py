@@ -187,6 +187,55 @@ def test_a_retried_run_ends_where_an_untroubled_one_does():
     assert end([1, 4]) == end([])
 
 
+class Changing(nn.Module):
+    """A layer whose forward changes what its buffers are, not only what is in them."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.inner, self.how = nn.Linear(2, 1), how
+        self.register_buffer("kept", torch.zeros(2))
+        self.register_buffer("late", None)
+
+    def forward(self, x):
+        seen = x.mean(0).detach()
+        match self.how:
+            case "assigned":
+                self.kept = 0.9 * self.kept + seen
+            case "longer":
+                self.kept = torch.cat([self.kept, seen])
+            case "resized":
+                self.kept.resize_(self.kept.numel() + 1)[-1] = seen.sum()
+            case "filled late":
+                self.late = seen if self.late is None else self.late + seen
+            case "registered late":
+                if "new" not in self._buffers:
+                    self.register_buffer("new", torch.zeros(2))
+                self.new += seen
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("how", ["assigned", "longer", "resized", "filled late", "registered late"])
+def test_retry_puts_back_buffers_that_are_not_the_ones_of_the_start(how):
+    def end(faults):
+        torch.manual_seed(1)
+        model = Changing(how)
+        run = job(6, model=model)
+        left = set(faults)
+        for step in run:
+            with step as x:
+                model(x).sum().backward()
+                if step.index in left:
+                    left.remove(step.index)
+                    raise drivetrain.Retry
+                run.test_optimizer.step()
+                run.test_optimizer.zero_grad()
+        return {name: buffer.tolist() for name, buffer in model.named_buffers()}
+
+    whole = end([])
+    assert whole
+    assert end([0, 2, 5]) == whole
+
+
 def test_retry_after_the_optimizer_stepped_is_the_users():
     run = job()
     with pytest.raises(drivetrain.Retry):

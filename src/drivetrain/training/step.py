@@ -118,18 +118,8 @@ class StepGuard:
     """
 
     def __init__(self, models: list[torch.nn.Module], device: torch.device) -> None:
-        buffers: list[torch.Tensor] = []
-        self._parameters: list[torch.nn.Parameter] = []
-        for model in models:
-            buffers.extend(model.buffers())
-            self._parameters.extend(model.parameters())
-        # One copy operation takes tensors of one type: grouped, they cost a launch or two a step.
-        by_type: dict[torch.dtype, list[torch.Tensor]] = {}
-        for buffer in buffers:
-            by_type.setdefault(buffer.dtype, []).append(buffer)
-        self._groups = [
-            (live, [torch.empty_like(buffer) for buffer in live]) for live in by_type.values()
-        ]
+        self._buffers = _Buffers(models)
+        self._parameters = [p for model in models for p in model.parameters()]
         self._gradients: list[torch.Tensor | None] | None = None
         self._device = device
         self._random: Any = None
@@ -156,10 +146,7 @@ class StepGuard:
             self._cuda = (generator.initial_seed(), generator.get_offset())
         if self._chip is not None:
             self._on_chip = self._chip.get_rng_state(self._device)
-        if self._groups:
-            with torch.no_grad():
-                for live, saved in self._groups:
-                    torch._foreach_copy_(saved, live)
+        self._buffers.remember()
         self._gradients = None
         if gradients:
             self._gradients = [
@@ -179,12 +166,59 @@ class StepGuard:
             self._cuda_generator.set_offset(self._cuda[1])
         if self._chip is not None:
             self._chip.set_rng_state(self._on_chip, self._device)
-        with torch.no_grad():
-            for live, saved in self._groups:
-                torch._foreach_copy_(live, saved)
+        self._buffers.put_back()
         for index, parameter in enumerate(self._parameters):
             parameter.grad = None if self._gradients is None else self._gradients[index]
         return True
+
+
+class _Buffers:
+    """The models' buffers, which a step may write, resize, assign anew or fill late."""
+
+    def __init__(self, models: list[torch.nn.Module]) -> None:
+        parts = {id(part): part for model in models for part in model.modules()}
+        self._homes = [part._buffers for part in parts.values()]
+        self._held: list[dict[str, torch.Tensor | None]] = [{} for _ in self._homes]
+        self._groups: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        if not self._are_those_held():
+            self._held = [dict(home) for home in self._homes]
+            buffers = {id(b): b for held in self._held for b in held.values() if b is not None}
+            # One copy operation takes tensors of one type: grouped, they cost a launch or two.
+            by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+            for buffer in buffers.values():
+                by_type.setdefault(buffer.dtype, []).append(buffer)
+            self._groups = [
+                (live, [torch.empty_like(buffer) for buffer in live]) for live in by_type.values()
+            ]
+        for live, saved in self._groups:
+            torch._foreach_copy_(saved, live)
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        for home, held in zip(self._homes, self._held, strict=True):
+            home.clear()
+            home.update(held)
+        for live, saved in self._groups:
+            for buffer, before in zip(live, saved, strict=True):
+                if buffer.shape != before.shape:
+                    buffer.resize_(before.shape)
+            torch._foreach_copy_(live, saved)
+
+    def _are_those_held(self) -> bool:
+        for home, held in zip(self._homes, self._held, strict=True):
+            if len(home) != len(held):
+                return False
+            for name, buffer in held.items():
+                if home.get(name) is not buffer:
+                    return False
+        return all(
+            buffer.shape == before.shape
+            for live, saved in self._groups
+            for buffer, before in zip(live, saved, strict=True)
+        )
 
 
 def _cuda_generator(device: torch.device) -> torch.Generator | None:
