@@ -469,6 +469,37 @@ def test_evaluation_mode_of_each_part_is_carried() -> None:
     assert b.drop.training
 
 
+def test_which_parameters_want_gradients_is_carried() -> None:
+    """Layers are unfrozen, and frozen, in the middle of a training."""
+    a, b = Net(), Net()
+    for net in (a, b):
+        net.a.requires_grad_(False)
+    ema_a, ema_b = copy.deepcopy(a), copy.deepcopy(b)
+    a.a.requires_grad_(True)
+    a.norm.requires_grad_(False)
+    ema_a.requires_grad_(False)
+    source = TrainingState({"m": a}, extra={"ema": ema_a})
+    move(source, TrainingState({"m": b}, extra={"ema": ema_b}))
+    for here, there in ((b, a), (ema_b, ema_a)):
+        assert [p.requires_grad for p in here.parameters()] == [
+            p.requires_grad for p in there.parameters()
+        ]
+
+
+def test_groups_that_came_after_the_first_step_are_named() -> None:
+    sides = []
+    for late in (True, False):
+        body, head = nn.Linear(2, 2), nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(body.parameters(), 0.1, momentum=0.9)
+        if late:
+            optimizer.add_param_group({"params": list(head.parameters())})
+            head(body(torch.ones(1, 2))).sum().backward()
+            optimizer.step()
+        sides.append(TrainingState({"body": body, "head": head}, {"o": optimizer}))
+    with pytest.raises(MigrationError, match="add all groups before the first step"):
+        move(*sides)
+
+
 def test_random_states_of_devices_that_are_not_here_are_carried_on() -> None:
     a, b = TrainingState({}), TrainingState({})
     tree = a.tree()

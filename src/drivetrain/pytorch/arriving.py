@@ -133,9 +133,14 @@ class Arrival:
             name, index, key = spec.state_of
             optimizer = self.optimizers.get(name)
             owned = [] if optimizer is None else parameters(optimizer)
-            if optimizer is None or index >= len(owned):
+            if optimizer is None:
                 raise MigrationError(
                     f"{spec.name} is in the arriving state; its optimizer is not here"
+                )
+            if index >= len(owned):
+                raise MigrationError(
+                    f"{spec.name} is in the arriving state, but optimizer {name!r} has only "
+                    f"{len(owned)} parameters here; add all groups before the first step"
                 )
             return home_of(optimizer, index, key, owned[index])
         return default

@@ -74,16 +74,20 @@ def gather_module(
     *,
     was_written: WasWritten | None,
 ) -> dict[str, Any]:
-    """A module's parameters and buffers into ``out``; the rest of its state as a tree.
+    """A module's parameters and buffers into ``out``; the rest of its state as a tree, with the
+    names of the parameters that want no gradients (``fixed``).
 
     ``stepped`` are the ids of what optimizers change; ``was_written`` tells of a model's frozen
     parameter whether somebody writes it all the same (None: a module that is no model).
     """
     extra_state = {}
+    fixed = []
     for prefix, part in parts(module):
         for key, parameter in part._parameters.items():
             if parameter is None:
                 continue
+            if not parameter.requires_grad:
+                fixed.append(join(prefix, key))
             window = id(parameter) in stepped
             frozen = was_written is not None and not window and not parameter.requires_grad
             name = join(path, prefix, key)
@@ -102,7 +106,12 @@ def gather_module(
             name = join(path, prefix, "(extra_state)")
             extra_state[prefix] = take(out, part.get_extra_state(), name, GIVEN)
     unlike = [prefix for prefix, part in parts(module) if part.training != module.training]
-    return {"training": module.training, "unlike": unlike, "extra_state": extra_state}
+    return {
+        "training": module.training,
+        "unlike": unlike,
+        "fixed": fixed,
+        "extra_state": extra_state,
+    }
 
 
 def gather_optimizer(

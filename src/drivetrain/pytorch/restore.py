@@ -14,13 +14,17 @@ from drivetrain.pytorch import dense
 from drivetrain.pytorch import tree as typed
 from drivetrain.pytorch.gather import is_stateful
 from drivetrain.pytorch.rng import generator_state, restore_generator_of
-from drivetrain.pytorch.walk import bare, parameters, parts
+from drivetrain.pytorch.walk import bare, join, parameters, parts
 
 
 def restore_module(module: nn.Module, tree: Any, table: dict[str, Tensor]) -> None:
-    """Modes and extra state; its tensors are restored as bytes."""
-    unlike = set(tree["unlike"])
+    """Modes, what wants gradients, and extra state; its tensors are restored as bytes."""
+    unlike, fixed = set(tree["unlike"]), set(tree.get("fixed", ()))
     for prefix, part in parts(module):
+        for key, parameter in part._parameters.items():
+            wanted = join(prefix, key) not in fixed
+            if parameter is not None and "fixed" in tree and parameter.requires_grad != wanted:
+                parameter.requires_grad_(wanted)
         part.training = tree["training"] != (prefix in unlike)
         if prefix in tree["extra_state"]:
             part.set_extra_state(typed.decode(tree["extra_state"][prefix], table))
