@@ -114,11 +114,16 @@ def _watch(as_json: bool, probe: bool, all_routes: bool) -> None:
                 print(json.dumps(found), flush=True)
                 time.sleep(_REFRESH_S)
                 found = report(all_routes=all_routes, live=True)
+        page = console()
+        while not page.is_terminal or page.is_dumb_terminal:  # nothing is drawn over there
+            page.print(_page(found))
+            time.sleep(_REFRESH_S)
+            found = report(all_routes=all_routes, live=True)
         from rich.live import Live
 
         # A table higher than the screen is cut there, not printed again each second.
         with Live(
-            _page(found), console=console(), auto_refresh=False, vertical_overflow="ellipsis"
+            _page(found), console=page, auto_refresh=False, vertical_overflow="ellipsis"
         ) as live:
             while True:
                 time.sleep(_REFRESH_S)

@@ -45,6 +45,7 @@ def jobs(as_json: Json = False) -> None:
         print("no jobs yet; start one with `drivetrain run train.py`")
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
@@ -65,7 +66,7 @@ def jobs(as_json: Json = False) -> None:
             f"[{colour}]{job['state']}[/]",
             str(job["step"]),
             devices,
-            Path(job["script"]).name,
+            escape(Path(job["script"]).name),
             f"{_age(job['started'])} ago",
         )
     Console().print(table)
@@ -187,7 +188,7 @@ def migrate(
 
     check_strategy(strategy)
     hal.device(to)
-    if max_downtime is not None and max_downtime <= 0:
+    if max_downtime is not None and not max_downtime > 0:
         raise BadInput(f"--max-downtime must be more than 0 seconds: {max_downtime}")
 
     def phase(name: str, facts: dict[str, Any]) -> None:

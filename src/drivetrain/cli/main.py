@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import signal
 import sys
-from typing import Annotated, Any
-
-import typer
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, DiskFull, DrivetrainError
+
+if TYPE_CHECKING:
+    import typer
 
 _SCRIPT_ARGS: list[str] = []
 
 
 def _mount() -> typer.Typer:
+    import typer
+
     from drivetrain.cli import calibrate, conformance, devices, doctor, drivers, jobs, port, run
     from drivetrain.cli.capabilities import capabilities
     from drivetrain.cli.exporter import exporter
@@ -26,7 +34,15 @@ def _mount() -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    app.callback()(_top)
+
+    @app.callback()
+    def top(
+        version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True),
+    ) -> None:
+        if version:
+            _tell_version()
+            raise typer.Exit
+
     app.command()(devices.devices)
     app.command()(capabilities)
     app.command()(doctor.doctor)
@@ -50,16 +66,10 @@ def _mount() -> typer.Typer:
     return app
 
 
-def _top(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True)
-    ] = False,
-) -> None:
-    if version:
-        from drivetrain import __version__
+def _tell_version() -> None:
+    from drivetrain import __version__
 
-        print(f"drivetrain {__version__}")
-        raise typer.Exit
+    print(f"drivetrain {__version__}")
 
 
 def script_args() -> list[str]:
@@ -73,44 +83,95 @@ def _click_of(command: object) -> Any:
     return sys.modules[core.rpartition(".")[0] + ".exceptions"]
 
 
+@contextmanager
+def _nothing_begun() -> Iterator[None]:
+    """Within the block Ctrl-C ends the process at once: nothing has to be put back, and an import
+    that is broken off may raise anything."""
+    ours = False
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        with suppress(ValueError):  # this is not the main thread
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+            ours = True
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _drop_output() -> None:
+    """What nobody takes is not written once more when the interpreter ends."""
+    with suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point: exit 2 for bad input, 130 for Ctrl-C, 1 for what failed."""
     words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _obey(words)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        code = 1
+        _drop_output()
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _drop_output()
+            print(f"drivetrain: the disk is full: {error}", file=sys.stderr)
+        elif _folder_is_gone():
+            print("drivetrain: the current folder is gone; go to one that exists", file=sys.stderr)
+        else:
+            raise
+        code = 2
+    sys.exit(code)
+
+
+def _folder_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except OSError:
+        return True
+    return False
+
+
+def _obey(words: list[str]) -> int:
+    """Do what was typed; the exit code."""
     _SCRIPT_ARGS.clear()
     if words and words[0] in ("run", "check") and "--" in words:
         cut = words.index("--")
         _SCRIPT_ARGS.extend(words[cut + 1 :])
         words = words[:cut]
     if words == ["--version"]:
-        from drivetrain import __version__
+        _tell_version()
+        return 0
+    with _nothing_begun():
+        import typer
 
-        print(f"drivetrain {__version__}")
-        sys.exit(0)
-    command = typer.main.get_command(_mount())
-    click = _click_of(command)
+        command = typer.main.get_command(_mount())
+        click = _click_of(command)
     try:
         code: Any = command.main(args=words, prog_name="drivetrain", standalone_mode=False)
     except click.NoArgsIsHelpError as error:
         print(error.format_message())
-        sys.exit(2)
+        return 2
     except click.UsageError as error:
         hint = ""
         if words and words[0] in ("run", "check"):
             hint = " (options for the script itself go after `--`)"
         print(f"drivetrain: {error.format_message()}{hint}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        return 130
     except (BadInput, DiskFull) as error:
         print(f"drivetrain: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except DrivetrainError as error:
         print(f"drivetrain: {error}", file=sys.stderr)
-        sys.exit(1)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    sys.exit(code if isinstance(code, int) else 0)
+        return 1
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

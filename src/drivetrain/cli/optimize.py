@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -105,19 +106,34 @@ def _made(target: str) -> tuple[Any, Any, Any]:
 
 
 def _module(name: str) -> Any:
-    if name.endswith(".py"):
-        path = Path(name).resolve()
-        if not path.is_file():
-            raise BadInput(f"there is no file {name}")
-        folder, name = str(path.parent), path.stem
-    else:
-        folder = str(Path.cwd())
+    path = Path(name).resolve() if name.endswith(".py") else None
+    if path is not None and not path.is_file():
+        raise BadInput(f"there is no file {name}")
+    if path is None and name.startswith("."):
+        raise BadInput(f"{name!r} is relative to no package; write the module's whole name")
+    folder = str(Path.cwd() if path is None else path.parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(name) if path is None else _of_file(path)
     except ModuleNotFoundError as error:
         raise BadInput(f"{name} cannot be imported: {error}") from error
+
+
+def _of_file(path: Path) -> Any:
+    """The module in this file, also when another one of its name is there already."""
+    name = path.stem
+    known = sys.modules.get(name)
+    if known is not None:
+        if getattr(known, "__file__", None) == str(path):
+            return known
+        name += "_to_optimize"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _progress(what: str) -> None:

@@ -24,7 +24,10 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if not found:
         raise BadInput(f"{text!r} is no size: write bytes, or for example 512M or 20G")
-    return int(float(found[1]) * _UNITS[found[2]])
+    nbytes = float(found[1]) * _UNITS[found[2]]
+    if nbytes >= 1 << 63:
+        raise BadInput(f"{text!r} is more bytes than any device has")
+    return int(nbytes)
 
 
 def parse_seconds(text: str) -> float:

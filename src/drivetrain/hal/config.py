@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,10 @@ def disabled_drivers() -> dict[str, str]:
     file that is no TOML or says something else there.
     """
     found: dict[str, str] = {}
-    for folder in (Path.cwd(), state_folder()):
+    folders = [state_folder()]
+    with suppress(FileNotFoundError):  # the current folder may be gone, and have said nothing
+        folders.insert(0, Path.cwd())
+    for folder in folders:
         path = folder / "drivetrain.toml"
         try:
             text = path.read_text(encoding="utf-8")
