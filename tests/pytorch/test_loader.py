@@ -80,6 +80,21 @@ class Restless(Sampler):  # type: ignore[type-arg]
             yield drawn % self.length
 
 
+class OwnNumbers(Restless):
+    """Draws from generators that it keeps under names of its own."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(length)
+        self.rng = np.random.default_rng(3)
+        self._python = random.Random(4)
+        self.torch = torch.Generator().manual_seed(5)
+
+    def __iter__(self) -> Iterator[int]:
+        for index in self.rng.permutation(self.length).tolist():
+            drawn = int(torch.randint(7, (), generator=self.torch)) + self._python.randrange(7)
+            yield (index + drawn) % self.length
+
+
 class Remembering(Augmented):
     """A data set with a state of its own, as torchdata has it."""
 
@@ -131,6 +146,13 @@ LOADERS: dict[str, Callable[[], Any]] = {
     ),
     "workers, own sampler": lambda: DataLoader(Many(), 3, sampler=Restless(13), num_workers=2),
     "own sampler": lambda: DataLoader(Augmented(), 3, sampler=Restless(13)),
+    "own numbers": lambda: DataLoader(Augmented(), 3, sampler=OwnNumbers(13)),
+    "workers, own numbers": lambda: DataLoader(
+        Many(), 3, sampler=OwnNumbers(13), num_workers=1, persistent_workers=True
+    ),
+    "workers that stay": lambda: DataLoader(
+        Augmented(), 3, shuffle=True, num_workers=1, persistent_workers=True
+    ),
     "own batches": lambda: DataLoader(
         Augmented(), batch_sampler=BatchSampler(Restless(13), 3, False)
     ),
@@ -144,9 +166,13 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "single items": lambda: DataLoader(Augmented(5), None, shuffle=True, num_workers=1),
     "iterable": lambda: DataLoader(Stream(), 3),
     "iterable, workers": lambda: DataLoader(Stream(), 3, num_workers=2),
+    "iterable, workers that stay": lambda: DataLoader(
+        Stream(), 3, num_workers=1, persistent_workers=True
+    ),
     "torchdata": lambda: StatefulDataLoader(Augmented(), 3, shuffle=True),
     "torchdata, workers": lambda: StatefulDataLoader(Augmented(), 3, True, num_workers=2),
     "torchdata, stateful set": lambda: StatefulDataLoader(Remembering(), 3, shuffle=True),
+    "torchdata, iterable": lambda: StatefulDataLoader(Stream(), 3),
     "list": lambda: [torch.full((2,), float(k)) for k in range(5)],
 }
 EPOCHS = 2
@@ -244,7 +270,7 @@ def runs() -> dict[str, tuple[list[str], list[list[str]]]]:
     for name in LOADERS:
         whole[name], cuts = unbroken(name)
         work.append((name, cuts))
-    kept = [(n, c if "workers" not in n else [c[0], c[2], c[5], c[-1]]) for n, c in work]
+    kept = [(n, c if "workers" not in n else [c[0], c[2], c[5], c[7], c[-1]]) for n, c in work]
     continued = in_a_fresh_process(kept)
     return {name: (whole[name], continued[n]) for n, (name, _) in enumerate(kept)}
 
@@ -261,6 +287,15 @@ def test_a_loader_goes_on_in_a_fresh_process_from_any_batch(
     assert lengths[0] == len(whole)
     assert lengths[-1] == 0
     assert lengths == sorted(set(lengths), reverse=True)
+
+
+def test_a_set_without_a_state_loses_no_batch_in_a_second_move() -> None:
+    whole, cuts = unbroken("torchdata, iterable")
+    first = start("torchdata, iterable", 2)
+    tree = typed.loads(cuts[2].encode())
+    first.resume(tree["loader"])
+    again = {"loader": first.position(), "rng": tree["rng"]}
+    assert resumed("torchdata, iterable", typed.dumps(again).decode()) == whole[2:]
 
 
 @pytest.mark.parametrize("name", ["plain", "workers", "iterable"])

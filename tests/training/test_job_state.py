@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 import drivetrain
 from drivetrain.errors import JobError
@@ -159,6 +160,67 @@ def test_a_group_of_accumulated_steps_is_carried_between_groups():
 
 def test_two_models_two_optimizers_schedulers_a_scaler_and_an_ema_are_carried():
     one, other = carry(gan, 7)
+    assert one == other
+
+
+class Numbered(torch.utils.data.IterableDataset):
+    """A stream that knows where it is, whose samples are drawn as they are read."""
+
+    at = 0
+
+    def __iter__(self):
+        while self.at < 9:
+            self.at += 1
+            yield torch.randn(4) + self.at + random.random() + float(np.random.rand())
+        self.at = 0
+
+    def state_dict(self):
+        return {"at": self.at}
+
+    def load_state_dict(self, state):
+        self.at = state["at"]
+
+
+@pytest.mark.parametrize("at", [1, 3, 7])
+def test_a_stream_of_unknown_length_draws_the_batch_ahead_again(at):
+    def build():
+        model = nn.Linear(4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        loader = StatefulDataLoader(Numbered(), batch_size=2)
+        run = drivetrain.TrainingJob(model, optimizer, loader, epochs=2)
+
+        def train(run):
+            for step in run:
+                with step as x:
+                    model(x + torch.rand(4)).square().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        return run, train
+
+    one, other = carry(build, at)
+    assert one == other
+
+
+def test_layers_unfrozen_during_the_training_are_not_frozen_on_the_other_side():
+    def build():
+        model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+        model[0].requires_grad_(False)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        run = drivetrain.TrainingJob(model, optimizer, data())
+
+        def train(run):
+            for step in run:
+                with step as (x, y):
+                    if step.index == 3:
+                        model[0].requires_grad_(True)
+                    (model(x) - y).square().mean().backward()
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+        return run, train
+
+    one, other = carry(build, 5)
     assert one == other
 
 

@@ -80,6 +80,8 @@ class LoaderPosition:
             pieces = [loader.dataset, *(s for s in _samplers(loader) if not _is_known(s))]
             if type(loader) is DataLoader or not any(map(_has_state, pieces)):
                 return cls(loader, seed, "indexed")
+        if ours and isinstance(loader.dataset, IterableDataset) and not _keeps_state(loader):
+            return cls(loader, seed, "consumed")
         if _has_state(loader) and hasattr(loader, "__iter__"):
             return cls(loader, seed, "stateful")
         if not hasattr(loader, "__iter__") and not hasattr(loader, "__getitem__"):
@@ -125,7 +127,7 @@ class LoaderPosition:
             "batches": self.batches,
             "finished": self._finished,
             "start": self._start,
-            "generators": [rng.capture_generator(g) for g in self._generators()],
+            "generators": self._generator_states(),
         }
         if self.kind == "stateful" and self.epoch >= 0:  # before, asking would start workers
             tree["state"] = typed.encode(self.loader.state_dict(), "loader", None)
@@ -150,8 +152,7 @@ class LoaderPosition:
         if self.kind == "stateful" and epoch >= 0:
             self.loader.load_state_dict(typed.decode(tree["state"], {}))
         if epoch < 0 or finished:
-            for generator, state in zip(self._generators(), generators, strict=True):
-                rng.restore_generator(generator, state)
+            self._restore_generators(generators)
             self.epoch, self.batches, self._finished = epoch, batches, bool(finished)
             self._start = start
             return
@@ -162,8 +163,7 @@ class LoaderPosition:
             self.epoch, self.batches, self._finished = epoch, batches, False
             return
         rng.restore(start["global"], None)
-        for generator, state in zip(self._generators(), start["generators"], strict=True):
-            rng.restore_generator(generator, state)
+        self._restore_generators(start["generators"])
         self._open(epoch, batches)
         if self.kind == "consumed":
             for done in range(batches):
@@ -221,7 +221,11 @@ class LoaderPosition:
             self._feed.epoch, self._feed.first = epoch, batches
             self.batches = batches
         elif self.slow_resume:
+            if _kept_iterator(self.loader) is not None:
+                self.close()  # workers that stay go on with the numbers of the epochs before
             self._stream = _Stream(_mix(self._seed, "loader", epoch))
+        if self._feed is not None and self._source.persistent_workers:
+            self._start_workers()
         if self._stream is None:
             self._iterator = iter(self._source)
         else:
@@ -232,18 +236,51 @@ class LoaderPosition:
             with contextlib.suppress(StopIteration):
                 self._feed.items.skip()
 
+    def _start_workers(self) -> None:
+        """Start workers that stay over all epochs, without a batch yet. Only a start draws a seed
+        for them: drawn beside the job's numbers, it does not make a resumed epoch another one."""
+        if _kept_iterator(self._source) is not None:
+            return
+        assert self._feed is not None
+        generators = self._generator_states()
+        self._feed.asleep = True
+        with _Stream(_mix(self._seed, "workers")):
+            iter(self._source)
+        self._feed.asleep = False
+        self._restore_generators(generators)
+
     def _random_states(self) -> dict[str, Any] | None:
         if self.kind == "stateful":
             return None
         return {
             "global": rng.capture(None),
-            "generators": [rng.capture_generator(g) for g in self._generators()],
+            "generators": self._generator_states(),
         }
 
-    def _generators(self) -> list[torch.Generator]:
-        owners = [self.loader, *_samplers(self.loader)]
-        found = (getattr(owner, "generator", None) for owner in owners)
-        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+    def _generators(self) -> list[Any]:
+        """Those of the loader and its samplers: torch's, numpy's and Python's, by any name."""
+        found: dict[int, Any] = {}
+        for owner in (self.loader, *_samplers(self.loader)):
+            own = getattr(owner, "__dict__", {})
+            for value in (getattr(owner, "generator", None), *own.values()):
+                if rng.is_generator(value):
+                    found.setdefault(id(value), value)
+        return list(found.values())
+
+    def _generator_states(self) -> list[Any]:
+        return [
+            rng.capture_generator(generator)
+            if isinstance(generator, torch.Generator)
+            else rng.generator_state(generator)
+            for generator in self._generators()
+        ]
+
+    def _restore_generators(self, states: Any) -> None:
+        for generator, state in zip(self._generators(), states, strict=True):
+            if isinstance(generator, torch.Generator):
+                rng.restore_generator(generator, state)
+            else:
+                rng.restore_generator_of(generator, state)
 
 
 # ------------------------------------------------------------------------------------- pieces
@@ -259,11 +296,14 @@ class _Feed:
         self.epoch = 0
         self.first = 0
         self.items: _Items | None = None
+        self.asleep = False  # gives nothing
 
     def __len__(self) -> int:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
+        if self.asleep:
+            return iter(())
         known = all(map(_is_known, _chain(self.sampler)))
         # A sampler of the user's may draw at any item: with random numbers of its own it gives the
         # same items however far ahead the workers are.
@@ -402,6 +442,19 @@ def _has_state(value: Any) -> bool:
     return callable(getattr(value, "state_dict", None)) and callable(
         getattr(value, "load_state_dict", None)
     )
+
+
+def _keeps_state(loader: Any) -> bool:
+    """False where torchdata would read a data set again from its start: it counts those batches
+    twice, so that a second move would lose as many."""
+    data = loader.dataset
+    if _has_state(data):
+        return True
+    try:
+        with _Stream(_mix(0, "state")):
+            return _has_state(iter(data))
+    except Exception:  # the user's own, which may be right in a worker only
+        return True
 
 
 def _is_known(sampler: Any) -> bool:

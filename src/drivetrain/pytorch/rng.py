@@ -70,6 +70,16 @@ def restore_generator(generator: torch.Generator, state: str) -> None:
     generator.set_state(_tensor(state))
 
 
+def is_generator(value: object) -> bool:
+    """True for a generator of torch's, numpy's or Python's."""
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, torch.Generator) or type(value) is random.Random:
+        return True
+    return numpy is not None and isinstance(
+        value, (numpy.random.Generator, numpy.random.RandomState)
+    )
+
+
 def generator_state(value: object) -> Any:
     """The state, as a tree, of a generator of torch's, numpy's or Python's; None for others."""
     numpy = sys.modules.get("numpy")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from drivetrain.errors import JobError
+from drivetrain.pytorch import rng
 from drivetrain.pytorch.loader import LoaderPosition
 
 
@@ -78,6 +80,8 @@ class Batches:
         except StopIteration:
             return None
         self._before_ahead = self.loader.position()
+        if self.loader.kind == "stateful":  # the others have random numbers of their own here
+            self._before_ahead["random"] = rng.capture(None)
         try:
             self._ahead.append(self.loader.next_batch())
         except StopIteration:
@@ -119,11 +123,17 @@ class Batches:
         return self.loader.position() if self._before_ahead is None else self._before_ahead
 
     def resume(self, tree: Any) -> None:
-        """Recreate the loader's iterator at a position; set ``epoch`` and ``in_epoch`` first."""
+        """Recreate the loader's iterator at a position; set ``epoch`` and ``in_epoch`` first.
+        Draws random numbers: put the generators back afterwards."""
         self._ahead = []
         self._before_ahead = None
         self.loader.resume(tree)
         self._begun = True
+        if "random" in tree:  # the batch looked at is made again, with what it was made of
+            rng.restore(tree["random"], None)
+            self._before_ahead = tree
+            with contextlib.suppress(StopIteration):
+                self._ahead.append(self.loader.next_batch())
 
     def facts(self) -> dict[str, Any]:
         return self.loader.facts()
