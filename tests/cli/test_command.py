@@ -8,8 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from drivetrain.cli import jobs
 
 # -P: as the installed command, which does not import from the current folder.
 COMMAND = [sys.executable, "-P", "-c", "from drivetrain.cli.main import main; main()"]
@@ -109,6 +112,16 @@ def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
     code, said = command("migrate", "job", "--to", "cpu:0", "--max-downtime", "nan")
     assert code == 2
     assert "--max-downtime must be more than 0 seconds: nan" in said
+
+
+def test_a_script_is_listed_under_its_whole_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = {"name": "j", "state": "done", "step": 1, "workers": [], "script": "/x/a[bold]b.py"}
+    job = SimpleNamespace(summary=lambda: {**facts, "started": time.time()})
+    monkeypatch.setattr("drivetrain.runtime.jobs.all_jobs", lambda: [job])
+    jobs.jobs()
+    assert "a[bold]b.py" in capsys.readouterr().out
 
 
 def test_watching_shows_pages_also_where_nothing_can_be_drawn_over() -> None:

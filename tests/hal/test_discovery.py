@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -139,6 +140,12 @@ def test_devices_are_cached_and_hashable(trusted: Path) -> None:
 )
 def test_an_unknown_address_is_bad_input_that_names_those_that_exist(address: str) -> None:
     with pytest.raises(BadInput, match="cpu:0"):
+        hal.device(address)
+
+
+@pytest.mark.parametrize("address", [0, 1, None, b"cpu:0"])
+def test_an_address_that_is_no_text_is_refused_and_not_the_default(address: Any) -> None:
+    with pytest.raises(BadInput, match="an address is a text"):
         hal.device(address)
 
 

@@ -159,8 +159,11 @@ def test_the_limit_holds_and_its_last_bytes_can_be_used() -> None:
     memory.deallocate(first, 2 * MIB, 1, ())
     memory.allocate(20 * MIB + 512, 1)
     assert memory.stats().reserved <= 21 * MIB
-    with pytest.raises(BadInput):
-        pool(limit=-1)
+    for limit in (-1, float("nan")):
+        with pytest.raises(BadInput):
+            pool(limit=limit)
+        with pytest.raises(BadInput):
+            Limit(memory, limit)
 
 
 def test_blocks_of_a_stream_that_ends_go_to_its_heir() -> None:

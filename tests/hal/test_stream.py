@@ -192,6 +192,8 @@ def test_time_between_events(rig: Any) -> None:
     assert start.seconds_since(end) == pytest.approx(-seconds)
     with pytest.raises(BadInput, match="events are of"):
         end.seconds_since(rig.other.stream().record())
+    with pytest.raises(BadInput, match="takes an Event, not Stream"):
+        end.seconds_since(stream)
 
 
 def test_a_lower_priority_goes_first_where_there_is_a_choice(rig_of: Callable[[str], Any]) -> None:

@@ -70,7 +70,7 @@ class Pool:
     """A pool over ``resource``; at most ``limit`` bytes are reserved (None: what there is)."""
 
     def __init__(self, resource: MemoryResource, *, limit: int | None = None) -> None:
-        if limit is not None and limit < 0:
+        if limit is not None and not limit >= 0:
             raise BadInput(f"a pool of at most {limit} bytes: give 0 or more, or None")
         self.opened, self.kind = resource.opened, resource.kind
         self._below = resource

@@ -269,6 +269,8 @@ def device(address: str = "") -> Device:
     processor left out. Raises BadInput for an
     address that names nothing, telling which exist.
     """
+    if not isinstance(address, str):
+        raise BadInput(f"an address is a text, as in 'cuda:0', and not {address!r}")
     found = _discovered()
     if not address:
         from drivetrain.hal.probe import verdict

@@ -146,7 +146,7 @@ class Limit:
     """Refuses what would put more than ``nbytes`` into buffers at once."""
 
     def __init__(self, resource: MemoryResource, nbytes: int) -> None:
-        if nbytes < 0:
+        if not nbytes >= 0:
             raise BadInput(f"a limit of {nbytes} bytes: give 0 or more")
         self.opened, self.kind = resource.opened, resource.kind
         self._inner = resource

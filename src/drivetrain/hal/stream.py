@@ -69,6 +69,8 @@ class Event(EventCore):
 
     def seconds_since(self, start: Event) -> float:
         """Seconds on the device between ``start`` and this event; both must be done."""
+        if not isinstance(start, Event):
+            raise BadInput(f"seconds_since takes an Event, not {type(start).__name__}")
         if start._opened is not self._opened:
             raise BadInput(
                 f"seconds_since: the events are of {start.device.address} and {self.device.address}"
