@@ -175,6 +175,33 @@ def test_a_standby_takes_over_within_two_seconds(
     home.assert_nothing_left()
 
 
+def test_a_standby_that_has_warmed_up_does_not_start_the_job_over(
+    home: Home, unmoved: Unmoved
+) -> None:
+    """Without anything saved: its model was stepped already, so a fresh copy has to."""
+    hosted = home.run(*JOB, "--standby", "cpu:1", "--replicas", "off", "--checkpoint-every", "off")
+    home.wait_event("ready", "j", role="standby")
+    assert lose_worker(home)["step"] == 0
+    home.go.touch()
+    assert hosted.wait() == 0, hosted.err
+    assert hosted.err.count("the job starts over from step 0") == 1
+    assert hosted.result() == unmoved()
+    home.assert_nothing_left()
+
+
+def test_a_job_starts_over_in_a_copy_that_no_damaged_replica_was_read_into(
+    home: Home, unmoved: Unmoved
+) -> None:
+    hosted = home.run(*JOB, "--checkpoint-every", "off")
+    _, report = lose_worker_with_damage(home, 2)
+    assert report["step"] == 0
+    home.go.touch()
+    assert hosted.wait() == 0, hosted.err
+    assert hosted.err.count("the job starts over from step 0") == 1
+    assert hosted.result() == unmoved()
+    home.assert_nothing_left()
+
+
 @pytest.mark.soak
 def test_a_standbys_replica_survives_worker_and_runtime(home: Home, unmoved: Unmoved) -> None:
     hosted = home.run(*JOB, "--standby", "cpu:1", "--checkpoint-every", "off")

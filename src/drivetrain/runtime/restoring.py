@@ -18,7 +18,19 @@ from drivetrain.store.crash import crash_point
 _RESTORE_S = 600.0
 
 
+class NothingSaved(MigrationError):
+    """The job can only start over, and this copy is no longer as its script has built it."""
+
+
 def restore_on(job: HostedJob, device: Device, reason: str) -> Worker:
+    """Give the job to a new copy on ``device``, and to one more if it is to start over."""
+    try:
+        return _restore_on(job, device, reason)
+    except NothingSaved:
+        return _restore_on(job, device, reason, anew=True)
+
+
+def _restore_on(job: HostedJob, device: Device, reason: str, *, anew: bool = False) -> Worker:
     worker = start_waiting(job, "target", device, warm="build")
     if job.replica_fds:
         job.record(
@@ -26,17 +38,22 @@ def restore_on(job: HostedJob, device: Device, reason: str) -> Worker:
             {"key": worker.key, "process": worker.process.to_json(), "device": worker.address},
         )
     try:
-        return restore_into(job, worker, device, reason)
+        return restore_into(job, worker, device, reason, anew=anew)
     except DrivetrainError:
         end_worker(job, worker)
         raise
 
 
-def restore_into(job: HostedJob, worker: Worker, device: Device, reason: str) -> Worker:
-    """Give the job to a waiting copy, from the replica or else a checkpoint."""
+def restore_into(
+    job: HostedJob, worker: Worker, device: Device, reason: str, *, anew: bool = False
+) -> Worker:
+    """Give the job to a waiting copy, from the replica or else a checkpoint; with ``anew`` from
+    step 0. Raises NothingSaved where that is all that is left and the copy is not a fresh one."""
     until_ready(job, worker)
     endpoint = endpoint_of(job, worker)
-    found = _restored(job, endpoint)
+    found = {"step": 0} if anew else _restored(job, endpoint)
+    if "hash" not in found:
+        job.notice("no replica and no checkpoint: the job starts over from step 0")
     crash_point("failover.restored")
     epoch = job.commit(worker, reason, int(found["step"]))
     job.page.restored_step = int(found["step"])
@@ -53,6 +70,7 @@ def restore_into(job: HostedJob, worker: Worker, device: Device, reason: str) ->
 def _restored(job: HostedJob, endpoint: RemoteEndpoint) -> dict[str, Any]:
     """Fill a waiting copy from the best that there is; the step and hash of it."""
     released = job.view.released or {}
+    fresh = endpoint.worker.role != "standby"  # which has warmed up with steps of its own
     if job.replica_fds:
         try:
             found = endpoint.restore_replica(job.replica_fds)
@@ -60,6 +78,7 @@ def _restored(job: HostedJob, endpoint: RemoteEndpoint) -> dict[str, Any]:
             raise
         except MigrationError as error:
             job.notice(f"the replica cannot be used: {error}")
+            fresh = False  # some of it may be in the copy already
         else:
             if found.get("hash") == released.get("hash", found.get("hash")):
                 return found
@@ -71,7 +90,8 @@ def _restored(job: HostedJob, endpoint: RemoteEndpoint) -> dict[str, Any]:
         return found
     if released:
         raise MigrationError("the paused state was in the memory of a process that is gone")
-    job.notice("no replica and no checkpoint: the job starts over from step 0")
+    if not fresh:
+        raise NothingSaved("there is no replica and no checkpoint to fill this copy with")
     return {"step": 0}
 
 

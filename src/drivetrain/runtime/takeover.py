@@ -8,10 +8,11 @@ import os
 from drivetrain import hal
 from drivetrain.errors import JobError
 from drivetrain.runtime.channel import Message
+from drivetrain.runtime.ending import end_worker
 from drivetrain.runtime.hosted import HostedJob
 from drivetrain.runtime.losing import samples
 from drivetrain.runtime.process import Worker, kill_marked
-from drivetrain.runtime.restoring import restore_into, restore_on
+from drivetrain.runtime.restoring import NothingSaved, restore_into, restore_on
 from drivetrain.runtime.starting import place, start_standby
 from drivetrain.store.home import socket_path
 from drivetrain.store.process import ProcessId
@@ -38,8 +39,12 @@ def take_over(job: HostedJob, *, on: str = "") -> None:
         job.write_state("recovering", by="resume")
         device = hal.device(worker.address)
         worker.lease = job.placer.adopt(device, worker.process, job.job_id)
-        restore_into(job, worker, device, "resume")
-        _sweep_others(job, {worker.key})
+        try:
+            restore_into(job, worker, device, "resume")
+        except NothingSaved:
+            end_worker(job, worker)
+            restore_on(job, device, "resume")
+        _sweep_others(job, {w.key for w in job.workers})
     else:
         _sweep_others(job, set())
         device = place(job, on=on or None)
