@@ -12,7 +12,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from drivetrain.cli import jobs
+from drivetrain import hal
+from drivetrain.cli import calibrate, jobs
+from drivetrain.cli.capabilities import capabilities
+from drivetrain.placement.calibration import Calibration
+from drivetrain.placement.capabilities import CapabilityMatrix, Row
 
 # -P: as the installed command, which does not import from the current folder.
 COMMAND = [sys.executable, "-P", "-c", "from drivetrain.cli.main import main; main()"]
@@ -122,6 +126,21 @@ def test_a_script_is_listed_under_its_whole_name(
     monkeypatch.setattr("drivetrain.runtime.jobs.all_jobs", lambda: [job])
     jobs.jobs()
     assert "a[bold]b.py" in capsys.readouterr().out
+
+
+def test_reasons_are_shown_as_they_are_whatever_brackets_they_have(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    reason = "the driver wrote [/dev/chip0]"
+    matrix = CapabilityMatrix((Row(hal.device("cpu:0"), 0, 0, reason=reason),))
+    monkeypatch.setattr(CapabilityMatrix, "of", lambda _: matrix)
+    capabilities(None)
+    assert reason in capsys.readouterr().out
+    told = {"float32": f"not measured: {reason}"}
+    measured = Calibration("", "", "", 0.0, measured_with=told).as_json()
+    calibrate._show_calibration({"chip:0": measured}, {}, {})
+    assert reason in capsys.readouterr().out
 
 
 def test_watching_shows_pages_also_where_nothing_can_be_drawn_over() -> None:

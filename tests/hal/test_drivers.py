@@ -147,7 +147,7 @@ def test_hyperthreads_of_one_core_stay_in_one_partition(tmp_path: Path) -> None:
     assert cpu.partitions(range(8), None, "2", root) == [(0, 1, 4, 5), (2, 3, 6, 7)]
 
 
-@pytest.mark.parametrize("wanted", ["0", "-1", "two", "1.5", " "])
+@pytest.mark.parametrize("wanted", ["0", "-1", "two", "1.5", " ", "²"])
 def test_what_is_no_number_of_parts_is_bad_input(wanted: str) -> None:
     with pytest.raises(BadInput, match="DRIVETRAIN_CPU_PARTITIONS"):
         cpu.partitions((0, 1), None, wanted)

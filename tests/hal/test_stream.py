@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -177,6 +179,50 @@ def test_one_threads_wait_lets_nothing_go_that_another_thread_queued_meanwhile(r
     stream.synchronize()
     assert stream._kept == []
     buffer.close()
+
+
+FORKED = """
+import os, sys
+from drivetrain import hal
+from drivetrain.errors import HalError
+
+device = hal.device(sys.argv[1])
+stream = device.stream()
+buffer = device.alloc(64, stream=stream)
+buffer.fill(b"\\x01", stream=stream)
+event = stream.record()
+stream.synchronize()
+pid = os.fork()
+if pid == 0:
+    told = []
+    for use in (lambda: buffer.fill(b"\\0", stream=stream), lambda: stream.synchronize(5),
+                lambda: event.synchronize(5), lambda: buffer.copy_to(bytearray(64), stream=stream),
+                device.stream):
+        try:
+            use()
+        except HalError as error:
+            told.append(error.code)
+    del buffer, event, stream
+    os._exit(0 if told == ["forked"] * 5 else 1)
+status = os.waitpid(pid, 0)[1]
+found = bytearray(64)
+buffer.copy_to(found, stream=stream)
+stream.synchronize()
+print("end", status, set(found))
+"""
+
+
+@pytest.mark.parametrize("driver", ["cpu", "opencl", "simulated"])
+def test_in_a_forked_child_nothing_waits_for_the_parents_threads(
+    driver: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRIVETRAIN_SIMULATED", "count=1")
+    if not hal.devices(driver):
+        pytest.skip(f"there is no device of {driver}")
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, f"{driver}:0"], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "end 0 {1}\n", done.stderr
 
 
 def test_time_between_events(rig: Any) -> None:

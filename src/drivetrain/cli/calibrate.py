@@ -115,6 +115,7 @@ def _show_calibration(
     measured: Mapping[str, Any], failed: Mapping[str, str], addresses: Mapping[str, str]
 ) -> None:
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     out = console()
@@ -126,7 +127,7 @@ def _show_calibration(
         for address, found in measured.items():
             table.add_row(
                 address,
-                "\n".join(_products(found["peak_flops"], found.get("measured_with", {}))),
+                escape("\n".join(_products(found["peak_flops"], found.get("measured_with", {})))),
                 f"{found['copy_gbps']:.0f} GB/s",
                 f"{found['launch_us']:.1f} µs",
                 "\n".join(

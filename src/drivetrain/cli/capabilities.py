@@ -34,6 +34,7 @@ def capabilities(
         print(json.dumps(found.as_json(), indent=2))
         return
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -45,7 +46,7 @@ def capabilities(
         limits = row.limits
         table.add_row(
             f"{row.address}\n{row.target}",
-            row.reason or " ".join(row.groups),
+            escape(row.reason) or " ".join(row.groups),
             " ".join(row.features),
             ", ".join(types) or "none",
             f"{limits.threads} threads, {limits.shared_bytes >> 10} KiB a block" if limits else "",

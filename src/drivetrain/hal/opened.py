@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections import deque
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from drivetrain.errors import HalError, Unsupported
 from drivetrain.hal import loading, watch
@@ -280,10 +280,32 @@ def close_all() -> None:
             each.close()
 
 
+class _LeftBehind:
+    """Stands for a backend in a forked child: a wait there would be for the parent's threads."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise HalError(
+            f"{name}: {self._device.address} was opened before this process was forked, and a "
+            "driver does not survive that; start the process anew (the start method `spawn` of "
+            "multiprocessing)",
+            code="forked",
+            driver=self._device.driver,
+            op=name,
+            device=self._device.address,
+        )
+
+
 def _after_fork() -> None:
     global _lock, _forked
     _lock = threading.RLock()
     _forked = _forked or bool(_open)
+    for each in _open.values():
+        each.lock = threading.RLock()  # another thread of the parent may have held it
+        left: Any = _LeftBehind(each.device)
+        each.backend = left
     _open.clear()
 
 

@@ -110,7 +110,7 @@ def partitions(
     Raises BadInput for what is no number of parts, and for more parts than cores.
     """
     usable = usable_cores(allowed, quota)
-    if not wanted.strip().isdigit() or int(wanted) < 1:
+    if not wanted.strip().isdecimal() or int(wanted) < 1:
         raise BadInput(f"{PARTITIONS}={wanted!r} is no number of parts: give 1 to {usable}")
     parts = int(wanted)
     if parts > usable:
