@@ -244,9 +244,14 @@ def test_a_device_that_is_closed_leaves_dead_objects_and_no_crash(rig: Any) -> N
     buffer, kernel = rig.alloc(64, stream), rig.kernel("nothing")
     plan = kernel.plan(stream, 1, 1)
     event = stream.record()
+    module = next(iter(rig.modules.values()))
     rig.modules.clear()
     hal.close_all()
     for use, arguments in (
+        (buffer.view, (0, 1)),
+        (buffer.__dlpack__, ()),
+        (buffer.memoryview, ()),
+        (module.kernel, ("nothing",)),
         (partial(buffer.fill, stream=stream), (b"\0",)),
         (kernel, (stream, 1, 1)),
         (plan, ()),
@@ -256,10 +261,15 @@ def test_a_device_that_is_closed_leaves_dead_objects_and_no_crash(rig: Any) -> N
     ):
         with pytest.raises((BadInput, HalError)):
             use(*arguments)
+    with pytest.raises(BadInput, match="the stream is closed"):
+        rig.alloc(16, stream)
+    anew = rig.device.stream()
+    with pytest.raises(BadInput, match="was closed"):
+        rig.alloc(64, anew).copy_from(buffer, stream=anew)
     del use, arguments
     buffer.close()
     stream.close()
-    del buffer, stream, kernel, plan, event
+    del module, buffer, stream, kernel, plan, event
     gc.collect()
     with rig.device.stream() as stream:  # it can be opened anew
         assert rig.read(rig.alloc(16, stream), stream) is not None

@@ -34,6 +34,7 @@ def copy(dst: Buffer, src: Buffer, stream: Stream) -> None:
     one of the two devices. Raises BadInput before anything moves."""
     if src.closed:
         raise BadInput(f"copy: the source of {src.nbytes} bytes is closed")
+    src._alive("copy")
     if src.nbytes > dst.nbytes:
         raise BadInput(f"copy: {src.nbytes} bytes do not fit a buffer of {dst.nbytes} bytes")
     if not isinstance(stream, StreamCore):

@@ -128,6 +128,7 @@ def export(
     Work queued on the buffer's own stream is waited for, unless ``stream`` is -1 (the consumer
     synchronises by itself). Raises BadInput for what cannot be given without a copy.
     """
+    buffer._alive("__dlpack__")
     here = device_of(buffer)
     if copy:
         raise BadInput("__dlpack__: a copy was asked for; copy the buffer with copy_to first")

@@ -363,6 +363,7 @@ def _buffer(kernel: Kernel, index: int, value: Any) -> Buffer | None:
         )
     if value.closed:
         raise BadInput(f"{kernel.name}, argument {index}: the buffer is closed")
+    value._alive(f"{kernel.name}, argument {index}")
     here = value._opened is kernel._opened
     if not here and (
         value.device.driver != kernel.device.driver or value.kind is MemoryKind.DEVICE
@@ -509,6 +510,10 @@ class Module:
         ``args`` are its arguments' types; None takes them from the source, where it tells them.
         Raises BadInput for an unknown name, or types that are not the source's.
         """
+        if self._opened.closed:
+            raise BadInput(
+                f"{name}: the module's device, {self.device.address}, was closed; compile it again"
+            )
         facts = self._kernels.get(name)
         if facts is None and self._kernels and "<" in str(name):
             from drivetrain.hal.language.names import plain_name

@@ -194,6 +194,11 @@ class Buffer(BufferCore):
     def _alive(self, op: str) -> None:
         if self.closed:
             raise BadInput(f"{op}: the buffer of {self.nbytes} bytes is closed")
+        if self._opened.closed:
+            raise BadInput(
+                f"{op}: the buffer's device, {self.device.address}, was closed, and its memory is "
+                "gone; make a new buffer"
+            )
 
     # -- parts -------------------------------------------------------------------------------
 
@@ -305,7 +310,6 @@ class Buffer(BufferCore):
         """The bytes as a one-dimensional uint8 tensor."""
         from drivetrain.hal import dlpack
 
-        self._alive("__dlpack__")
         return dlpack.export(self, (self.nbytes,), (1,), "uint8", stream=stream, **options)
 
 
@@ -370,6 +374,7 @@ def _same_device(opened: Opened, stream: Stream, op: str) -> None:
     if not isinstance(stream, StreamCore):
         raise BadInput(f"{op}: stream= takes a Stream, not a {type(stream).__name__}")
     if stream._opened is not opened:
+        stream._alive(op)  # one of a device that was closed is of none
         raise BadInput(
             f"{op}: the buffer is on {opened.device.address} and the stream on "
             f"{stream.device.address}"
