@@ -272,8 +272,12 @@ def test_a_really_full_disk_changes_nothing(home: Home) -> None:
         ballast = home.state / "ballast"
         with ballast.open("wb", buffering=0) as file:
             fill(file)
-        refused(home, "pause", "j", "--release", "--to-disk", says="full")
+        for words in (("pause", "j", "--release", "--to-disk"), ("run", str(SCRIPT))):
+            refused(home, *words, says="the disk (or quota)")
         assert home.wait_step(home.job("j").step + 2, "j") == pid  # type: ignore[union-attr]
+        assert home.summary("j")["state"] == "running"
+        home.ok("pause", "j")
+        home.ok("resume", "j")
         ballast.unlink()
         home.ok("stop", "j")
         hosted.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from pathlib import Path
@@ -35,6 +36,23 @@ def test_an_explicit_home_on_a_network_file_system_is_bad_input(
     monkeypatch.setenv("DRIVETRAIN_FAULT_STATFS", magic)
     with pytest.raises(BadInput, match=r"DRIVETRAIN_HOME=.*network file system"):
         homes.home()
+
+
+def test_a_full_disk_does_not_make_another_folder_the_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its jobs would seem to be gone, and could be neither shown nor stopped."""
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    for explicit in ("", str(tmp_path / "explicit")):
+        monkeypatch.setenv("DRIVETRAIN_HOME", explicit)
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / f"state-of-{bool(explicit)}"))
+        wanted = Path(explicit) if explicit else tmp_path / "state-of-False" / "drivetrain"
+        assert homes.home() == wanted
+        assert list(wanted.iterdir()) == []
 
 
 def test_a_local_file_system_passes(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from drivetrain.errors import PlacementError, StoreError
+from drivetrain.errors import DiskFull, PlacementError, StoreError
 from drivetrain.store.process import ProcessId
 
 VERSION = 1
@@ -218,7 +218,8 @@ class Database:
                         connection.execute("ROLLBACK")
                     raise
             except sqlite3.Error as error:
-                raise StoreError(
+                full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
+                raise (DiskFull if full else StoreError)(
                     f"The database {self.path} failed: {error}. Nothing of this was stored; the "
                     "file may be deleted at any time, jobs live in journals"
                 ) from error

@@ -22,7 +22,7 @@ from drivetrain.store.crash import crash_point
 Bytes = bytes | bytearray | memoryview
 
 _FAULTS = {"enospc": errno.ENOSPC, "eio": errno.EIO}
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _IOV_MAX = 1024
 _lock = threading.Lock()
 _passes: Counter[tuple[str, str]] = Counter()
@@ -52,7 +52,7 @@ def _fault(name: str) -> int:
 
 def explain(error: OSError, what: str, path: Path | str) -> StoreError:
     """A StoreError that says what was being done, what happened and what to do."""
-    if error.errno in _FULL:
+    if error.errno in FULL:
         return DiskFull(
             f"{what}: the disk (or quota) that holds {path} is full; free some space there, or "
             "set DRIVETRAIN_HOME to a folder on another disk. What was there before still counts"

@@ -23,6 +23,7 @@ import xxhash
 
 from drivetrain.errors import BadInput, StoreError
 from drivetrain.store.crash import crash_point
+from drivetrain.store.files import FULL
 
 # f_type of statfs(2), from linux/magic.h and the file systems' own headers
 _NETWORK = {
@@ -82,7 +83,11 @@ def _claim(path: Path) -> None:
 
 
 def _probe(path: Path) -> None:
-    """Create, sync, lock and map a file there; raises _Unfit with what does not work."""
+    """Create, sync, lock and map a file there; raises _Unfit with what does not work.
+
+    A full disk is no reason against a folder: what is in it can be read, its jobs can be stopped,
+    and what cannot be written says so itself.
+    """
     doing = "creating a file"
     probe = path / f".probe-{os.getpid()}-{secrets.token_hex(4)}"
     try:
@@ -104,7 +109,8 @@ def _probe(path: Path) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        raise _Unfit(f"{doing} does not work there: {error.strerror}") from error
+        if error.errno not in FULL:
+            raise _Unfit(f"{doing} does not work there: {error.strerror}") from error
 
 
 def _may_be_alive(pid: str) -> bool:
