@@ -98,6 +98,15 @@ def test_trust_is_in_one_distribution_and_ends_with_untrust(trusted: Path) -> No
     assert hal.drivers()["beta"].reason == "not trusted"
 
 
+def test_trust_that_cannot_be_kept_is_bad_input(
+    outside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DRIVETRAIN_HOME", str(outside / "acme_drivers.py"))
+    with pytest.raises(BadInput, match="cannot be written, nothing was changed"):
+        registry.trust("beta")
+    assert hal.drivers()["beta"].reason == "not trusted"
+
+
 @pytest.mark.parametrize("name", ["nobody", "cpu"])
 def test_only_an_outside_driver_can_be_trusted(outside: Path, name: str) -> None:
     with pytest.raises(BadInput):

@@ -97,6 +97,15 @@ def test_a_result_holds_for_one_driver_version(
     assert calibration.load(updated) is None
 
 
+def test_a_result_that_cannot_be_kept_is_a_warning(device: hal.Device, tmp_path: Path) -> None:
+    no_folder = tmp_path / "file"
+    no_folder.touch()
+    measured = calibration.Calibration(device.uuid, device.info.driver_version, "", 0.0)
+    with pytest.warns(RuntimeWarning, match="is not kept"):
+        calibration.save(device, measured, home=no_folder)
+    assert calibration.load(device, home=no_folder) is None
+
+
 def test_what_was_measured_is_the_roofline_of_profiles(
     device: hal.Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

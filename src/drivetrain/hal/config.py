@@ -92,10 +92,15 @@ def trusted_drivers() -> dict[str, str]:
 
 
 def write_trust(name: str, value: str | None) -> None:
-    """Trusts (or, with ``None``, no longer trusts) an outside driver."""
+    """Trusts (or, with ``None``, no longer trusts) an outside driver. Raises BadInput when the
+    state folder cannot be written."""
     trusted = trusted_drivers()
     if value is None:
         trusted.pop(name, None)
     else:
         trusted[name] = value
-    write_json(state_folder() / TRUST_FILE, dict(trusted))
+    path = state_folder() / TRUST_FILE
+    try:
+        write_json(path, dict(trusted))
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written, nothing was changed: {error}") from error

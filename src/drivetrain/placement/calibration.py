@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -94,8 +95,13 @@ def peaks(device: Device, *, home: Path | None = None) -> Peaks | None:
 
 
 def save(device: Device, calibration: Calibration, *, home: Path | None = None) -> None:
+    """Keeps it for `load`; a state folder that cannot be written is a warning."""
     path = _path(home)
-    config.write_json(path, {**config.read_json(path), _key(device): calibration.as_json()})
+    try:
+        config.write_json(path, {**config.read_json(path), _key(device): calibration.as_json()})
+    except OSError as error:
+        text = f"what was measured of {device.address} is not kept: {path}: {error}"
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def calibrate(
