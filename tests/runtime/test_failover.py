@@ -175,6 +175,22 @@ def test_a_standby_takes_over_within_two_seconds(
     home.assert_nothing_left()
 
 
+def test_a_paused_job_that_loses_its_worker_stays_paused(home: Home, unmoved: Unmoved) -> None:
+    hosted = home.run(*JOB)
+    home.wait_step(3, "j")
+    home.ok("pause", "j")
+    before = home.owners()
+    os.kill(before[0], signal.SIGKILL)
+    until(lambda: failovers(home), "the failover")
+    home.wait_state("paused", "j")
+    assert home.owners() != before
+    home.ok("resume", "j")
+    home.go.touch()
+    assert hosted.wait() == 0, hosted.err
+    assert hosted.result() == unmoved()
+    home.assert_nothing_left()
+
+
 def test_a_standby_that_has_warmed_up_does_not_start_the_job_over(
     home: Home, unmoved: Unmoved
 ) -> None:

@@ -73,6 +73,8 @@ def _pause(job: HostedJob, body: dict[str, Any]) -> dict[str, Any]:
     try:
         saved = _save_for_release(job, endpoint, to_disk=bool(body.get("to_disk")))
     except WorkerGone:
+        if not was_paused:  # a loss, after which it goes on
+            job.write_state("running")
         raise
     except DrivetrainError:
         if not was_paused:  # as if it had never been asked
@@ -125,7 +127,11 @@ def _resume_paused(job: HostedJob, body: dict[str, Any]) -> dict[str, Any]:
                 f"job {job.job_id} is only paused and holds {job.owner.address}: "
                 "resume it there and migrate, or pause it with --release first"
             )
-        endpoint_of(job, job.owner).ask("resume").result(30.0)
+        try:
+            endpoint_of(job, job.owner).ask("resume").result(30.0)
+        except WorkerGone:
+            job.write_state("running")  # a loss, after which it goes on
+            raise
         job.write_state("running")
         return {"state": "running", "device": job.owner.address}
     job.baseline = job.view.seq

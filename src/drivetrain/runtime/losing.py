@@ -14,7 +14,7 @@ from drivetrain.runtime.hosted import HostedJob
 from drivetrain.runtime.process import Worker
 from drivetrain.runtime.restoring import restore_into, restore_on
 from drivetrain.runtime.starting import start_standby
-from drivetrain.runtime.watching import wait_until
+from drivetrain.runtime.watching import endpoint_of, wait_until
 
 _FIRST_STEP_S = 600.0
 
@@ -53,6 +53,7 @@ def _fail_over(
     """Bring the job back somewhere, or raise JobError when it is past help."""
     died_ns = worker.died_ns
     last_step = job.page.step
+    was_paused = job.view.state == "paused"
     job.baseline = job.view.seq
     job.write_state("recovering", error=error, device=worker.address)
     job.notice(f"lost the worker on {worker.address} after step {last_step}: {error}")
@@ -72,7 +73,16 @@ def _fail_over(
     new = _next_owner(job, worker.address, error)
     if new is not None:
         _tell_failover(job, worker, new, error, last_step, detected_ms)
+        if was_paused:
+            _pause_again(job, new)
         start_standby(job)
+
+
+def _pause_again(job: HostedJob, new: Worker) -> None:
+    """Nobody has let the job go on: it stops again after the step that shows it is well."""
+    with contextlib.suppress(MigrationError):  # when it dies again, that is one more loss
+        endpoint_of(job, new).ask("pause", why="user").result(_FIRST_STEP_S)
+        job.write_state("paused")
 
 
 def _next_owner(job: HostedJob, lost: str, error: str) -> Worker | None:
