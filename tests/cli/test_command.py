@@ -107,6 +107,15 @@ def test_a_current_folder_that_is_gone(tmp_path: Path) -> None:
     assert said == "drivetrain: the current folder is gone; go to one that exists\n"
 
 
+def test_a_job_runs_where_the_standard_streams_are_closed(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(f"print('hello')\nopen({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    words = [*COMMAND, "run", "--on", "cpu:0", str(script)]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], timeout=60)
+    assert done.returncode == 0
+    assert (tmp_path / "ran").exists()
+
+
 def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
     script = tmp_path / "train.py"
     script.write_text("")

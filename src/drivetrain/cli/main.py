@@ -99,9 +99,18 @@ def _nothing_begun() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def _stand_in_for_closed_streams() -> None:
+    """The numbers 0 to 2 go to no file of ours when the caller closed them: what a job writes is
+    passed on to 1 and 2."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # Python's word for a closed one
+            nowhere = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, os.fdopen(nowhere, mode))
+
+
 def _drop_output() -> None:
     """What nobody takes is not written once more when the interpreter ends."""
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)
@@ -110,10 +119,10 @@ def _drop_output() -> None:
 def main(argv: list[str] | None = None) -> None:
     """Entry point: exit 2 for bad input, 130 for Ctrl-C, 1 for what failed."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _stand_in_for_closed_streams()
     try:
         code = _obey(words)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except BrokenPipeError:
         code = 1
         _drop_output()
