@@ -81,6 +81,30 @@ def test_whole_numbers_agree_with_the_cpu(opencl, kernels, name: str) -> None:
     ]
 
 
+CLAMPED = """
+__global__ void clamped(const unsigned *low, const unsigned *high, const unsigned *by,
+                        unsigned *left, unsigned *right) {
+  int i = threadIdx.x;
+  left[i] = __funnelshift_lc(low[i], high[i], by[i]);
+  right[i] = __funnelshift_rc(low[i], high[i], by[i]);
+}
+"""
+
+
+def test_clamped_funnel_shifts_end_at_the_whole_word(opencl, kernels) -> None:
+    shifts = (0, 1, 13, 31, 32, 33, 64, 2**32 - 1)
+    low, high = 0x89ABCDEF, 0xF1234567
+    both = high << 32 | low
+    count = len(shifts)
+    by = np.array(shifts, np.uint32)
+    for compiled in (kernels, opencl):
+        left, right = np.zeros(count, np.uint32), np.zeros(count, np.uint32)
+        words = np.full(count, low, np.uint32), np.full(count, high, np.uint32)
+        compiled(CLAMPED)("clamped", 1, count, *words, by, left, right)
+        assert left.tolist() == [(both << min(n, 32)) >> 32 & 0xFFFFFFFF for n in shifts]
+        assert right.tolist() == [both >> min(n, 32) & 0xFFFFFFFF for n in shifts]
+
+
 def test_whole_numbers_wrap_as_cuda_says(opencl) -> None:
     low, high = -(2**31), 2**31 - 1
     a = np.array([high, low, low, 5, 5, -5, 1], np.int32)

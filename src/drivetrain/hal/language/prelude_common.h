@@ -125,6 +125,12 @@ static inline uint dt_funnelshift_l(uint low, uint high, uint n) {
 static inline uint dt_funnelshift_r(uint low, uint high, uint n) {
   return (uint)((((ulong)high << 32) | low) >> (n & 31u));
 }
+static inline uint dt_funnelshift_lc(uint low, uint high, uint n) {
+  return (uint)(((((ulong)high << 32) | low) << (n < 32u ? n : 32u)) >> 32);
+}
+static inline uint dt_funnelshift_rc(uint low, uint high, uint n) {
+  return (uint)((((ulong)high << 32) | low) >> (n < 32u ? n : 32u));
+}
 static inline int dt_hadd(int a, int b) { return (int)(((long)a + (long)b) >> 1); }
 static inline int dt_rhadd(int a, int b) { return (int)(((long)a + (long)b + 1) >> 1); }
 static inline uint dt_uhadd(uint a, uint b) { return (uint)(((ulong)a + b) >> 1); }

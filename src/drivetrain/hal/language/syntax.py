@@ -56,8 +56,26 @@ def check_errors(node: Node) -> None:
         if here.is_error:
             text = (here.text or b"").decode(errors="replace").strip().splitlines()
             shown = text[0][:40] if text else ""
+            if _assigns_before_a_comma(here):
+                raise wrong(
+                    line_of(here),
+                    f"an assignment before a comma in brackets cannot be read, near {shown!r}: "
+                    "give it brackets of its own, ((a = 1), b)",
+                )
             raise wrong(line_of(here), f"this is not CUDA C: {shown!r}")
         stack.extend(child for child in reversed(here.children) if child.has_error)
+
+
+def _assigns_before_a_comma(error: Node) -> bool:
+    """``(a = 1, b)``: the grammar takes it for a fold over ``=``, and drops a part of it."""
+    inside = error.parent
+    if inside is None or inside.type not in ("comma_expression", "assignment_expression"):
+        return False
+    if inside.parent is None or inside.parent.type != "parenthesized_expression":
+        return False
+    before = [token.text for token in tokens_of(inside)]
+    before = before[: before.index(",")] if "," in before else []
+    return any(text.endswith("=") and text not in ("==", "!=", "<=", ">=") for text in before)
 
 
 def line_of(node: Node) -> int:
