@@ -414,3 +414,9 @@ def test_threads_may_work_while_a_recording_begins_and_ends(
     for number in range(5):
         found = hal.replay(tmp_path / f"calls {number}")
         assert (found.same, found.complete) == (True, True)
+
+
+def test_a_place_that_is_no_address_is_refused_before_the_file_is_read(tmp_path: Path) -> None:
+    wrong: Any = 5
+    with pytest.raises(BadInput, match="give an address"):
+        hal.replay(tmp_path / "none", on=wrong)

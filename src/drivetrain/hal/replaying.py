@@ -63,6 +63,8 @@ def replay(path: str | Path, *, on: Where | None = None) -> Replayed:
     or cannot be done there, IntegrityError for a damaged file, and what the calls themselves raise.
     Floating-point results may differ between devices by rounding.
     """
+    if on is not None and not isinstance(on, (str, Mapping)):
+        raise BadInput(f"replay: on={on!r}; give an address, or a mapping from recorded ones")
     began = time.perf_counter()
     with Reader(Path(path)) as file, ExitStack() as left:
         player = _Player(file, on, left)
