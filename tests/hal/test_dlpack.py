@@ -16,6 +16,7 @@ import pytest
 from drivetrain import hal
 from drivetrain.errors import BadInput, HalError
 from drivetrain.hal import MemoryKind, dlpack
+from drivetrain.hal.bytes import native
 from drivetrain.hal.opened import opened
 
 numpy = pytest.importorskip("numpy")
@@ -169,6 +170,19 @@ def test_a_gpus_buffer_says_where_it_is(rig_of: Callable[[str], Any]) -> None:
     simulated = rig_of("simulated")
     with pytest.raises(BadInput, match="no word"):
         simulated.alloc(16, simulated.device.stream()).__dlpack_device__()
+
+
+@pytest.mark.skipif(native is None, reason="not built: what runs at a capsule's end is Python")
+def test_a_consumer_that_refuses_has_its_own_error_and_keeps_nothing(
+    rig_of: Callable[[str], Any],
+) -> None:
+    rig = rig_of("cuda")
+    stream = rig.device.stream()
+    pool = hal.Pool(hal.DriverMemory(rig.device))
+    with pytest.raises((BufferError, RuntimeError), match="nsupported device"):
+        numpy.from_dlpack(rig.device.alloc(64, stream=stream, pool=pool))
+    gc.collect()
+    assert pool.stats().live == 0
 
 
 def test_a_gpus_tensor_is_wrapped_on_its_device(

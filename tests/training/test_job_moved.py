@@ -204,6 +204,9 @@ def test_the_second_copy_warms_up_unseen_and_then_is_the_job(runtime, tmp_path):
     job = submit(runtime, script, hold_every=8)
     assert held_after(job, 0) == 8
     source = job.report()["workers"][0]["pid"]
+    for never in (0, -1.0, float("nan")):
+        with pytest.raises(BadInput, match="more than 0 seconds"):
+            job.migrate("cpu:1", max_downtime=never)
     job.migrate("cpu:1")
     code, out, err = finish(job)
     assert code == 0, err

@@ -1,4 +1,5 @@
-/* drivetrain.hal._native: core.c for Python. Addresses are plain integers; the GIL is released. */
+/* drivetrain.hal._native: core.c for Python, and DLPack's capsules. Addresses are plain integers; the
+ * GIL is released while bytes move. */
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -81,6 +82,41 @@ static PyObject *copy_checksum(PyObject *self, PyObject *const *args, Py_ssize_t
     return PyLong_FromUnsignedLongLong(hash);
 }
 
+/* -- DLPack: what its header calls DLManagedTensor ---------------------------------------------- */
+
+#define FRESH "dltensor" /* a capsule's name until a consumer takes the tensor */
+
+typedef struct managed {
+    struct {
+        void *data;
+        int32_t device_type, device_id, ndim;
+        uint8_t code, bits;
+        uint16_t lanes;
+        int64_t *shape, *strides;
+        uint64_t byte_offset;
+    } tensor;
+    void *manager;
+    void (*deleter)(struct managed *);
+} managed;
+
+/* Nobody took the tensor. A consumer that refused it has its error pending, which stays: the deleter
+ * is Python, which must not begin with one. */
+static void unused(PyObject *capsule) {
+    if (!PyCapsule_IsValid(capsule, FRESH)) return;
+    PyObject *type, *value, *trace;
+    PyErr_Fetch(&type, &value, &trace);
+    managed *tensor = PyCapsule_GetPointer(capsule, FRESH);
+    if (tensor && tensor->deleter) tensor->deleter(tensor);
+    PyErr_Restore(type, value, trace);
+}
+
+static PyObject *dltensor(PyObject *self, PyObject *const *args, Py_ssize_t count) {
+    uint64_t address;
+    if (count != 1) return PyErr_Format(PyExc_TypeError, "dltensor takes one address");
+    if (as_u64(args[0], &address)) return NULL;
+    return PyCapsule_New((void *)(uintptr_t)address, FRESH, unused);
+}
+
 #define FAST(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL
 
 static PyMethodDef methods[] = {
@@ -88,6 +124,7 @@ static PyMethodDef methods[] = {
     {"copy", FAST(copy), "copy(dst_ptr, src_ptr, nbytes) -> None"},
     {"copy_checksum", FAST(copy_checksum),
      "copy_checksum(dst_ptr, src_ptr, nbytes, first_word=0) -> int"},
+    {"dltensor", FAST(dltensor), "dltensor(ptr) -> capsule, which calls the deleter unless used"},
     {NULL, NULL, 0, NULL},
 };
 

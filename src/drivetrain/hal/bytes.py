@@ -33,6 +33,7 @@ Copy = Callable[[int, int, int], None]
 
 
 def _native() -> ModuleType | None:
+    """The C module, where it is built and not forbidden."""
     if os.environ.get("DRIVETRAIN_NATIVE", "1") == "0":
         return None
     try:
@@ -46,10 +47,10 @@ checksum: Checksum
 copy: Copy
 copy_checksum: Checksum
 
-_module = _native()
-if _module is not None:
+native = _native()
+if native is not None:
     BACKEND = "native"
-    checksum, copy, copy_checksum = _module.checksum, _module.copy, _module.copy_checksum
+    checksum, copy, copy_checksum = native.checksum, native.copy, native.copy_checksum
 else:
     from drivetrain.hal import _twin
 

@@ -13,6 +13,7 @@ import ctypes
 from typing import TYPE_CHECKING, Any
 
 from drivetrain.errors import BadInput, HalError
+from drivetrain.hal.bytes import native
 from drivetrain.hal.kinds import Kind
 
 if TYPE_CHECKING:
@@ -88,13 +89,20 @@ _Destructor = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def _unused(capsule: int) -> None:
-    """Nobody took the tensor: let go of what it keeps."""
+    """Nobody took the tensor: let go of what it keeps. Where the consumer refused it, Python cannot
+    run here without losing that error; so this is only for where there is no C."""
     if _api.PyCapsule_IsValid(capsule, _FRESH):
         raw = ctypes.cast(capsule, ctypes.py_object)
         _exported.pop(_api.PyCapsule_GetPointer(raw, _FRESH), None)
 
 
 _destructor = _Destructor(_unused)
+
+
+def _capsule(address: int) -> Any:
+    if native is not None:
+        return native.dltensor(address)
+    return _api.PyCapsule_New(address, _FRESH, ctypes.cast(_destructor, ctypes.c_void_p))
 
 
 def device_of(buffer: Buffer) -> tuple[int, int]:
@@ -154,7 +162,7 @@ def export(
     managed.deleter = _deleter
     address = ctypes.addressof(managed)
     _exported[address] = (managed, extent, steps, buffer)
-    return _api.PyCapsule_New(address, _FRESH, ctypes.cast(_destructor, ctypes.c_void_p))
+    return _capsule(address)
 
 
 class Imported:

@@ -70,6 +70,8 @@ class Job:
         """
         check_strategy(strategy)
         hal.device(to)
+        if max_downtime is not None and not max_downtime > 0:
+            raise BadInput(f"max_downtime must be more than 0 seconds: {max_downtime}")
         body = {
             "to": to,
             "strategy": strategy,

@@ -76,10 +76,12 @@ class Supervisor(threading.Thread):
             give_up(job, f"internal error: {type(error).__name__}: {error}")
             raise
         finally:
-            clean_up(job)
-            self._refuse_the_rest()
-            self.ended.set()
-            job.event("ended", **(job.view.exit or {}))
+            try:
+                clean_up(job)
+            finally:
+                self._refuse_the_rest()
+                self.ended.set()
+                job.event("ended", **(job.view.exit or {}))
 
     def _begin(self) -> None:
         if not self._resume:

@@ -358,7 +358,7 @@ __global__ void vectors(const float4 *in, float4 *out, const float *scalars, flo
   int2 q = {i, -i};
   uchar4 c = make_uchar4(1, 2, 3, 250);
   c.w += 10;
-  sums[i] = r.x + q.y + c.w + __ldg(&scalars[i]);
+  __stcs(&sums[i], r.x + q.y + c.w + __ldg(&scalars[i]));
 }
 
 __global__ void functions(int *out, const float *f) {

@@ -24,6 +24,7 @@ CASES = {
     "unknown type": (2, HEAD + " Foo x;\n}", "'Foo' is not known"),
     "wrong argument": (2, HEAD + " f[0] = sqrtf(p);\n}", "sqrtf does not take"),
     "const": (3, HEAD + " const int x = 1;\n x = 2;\n}", "const"),
+    "store to const": (3, HEAD + " const int *q = p;\n __stcs(q, 1);\n}", "may be written"),
     "goto": (2, HEAD + " goto end;\n end: p[0] = 1;\n}", "goto"),
     "printf": (2, HEAD + ' printf("hello");\n}', "printf is not part"),
     "assembly": (2, HEAD + ' asm("nop");\n}', "assembly"),

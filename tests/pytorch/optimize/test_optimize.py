@@ -568,6 +568,14 @@ def test_a_damaged_cache_is_as_none(tmp_path: Path) -> None:
     assert not run(Net(0).eval(), step, home=tmp_path).report.cached
 
 
+def test_a_plan_that_cannot_be_kept_is_found_all_the_same(tmp_path: Path) -> None:
+    no_folder = tmp_path / "file"
+    no_folder.touch()
+    with pytest.warns(RuntimeWarning, match="is not kept"):
+        found = run(Net().eval(), Step.of("no-wait", no_wait), home=no_folder)
+    assert found.report.kept == ("no-wait",)
+
+
 # -- bad input ------------------------------------------------------------------------------------
 
 

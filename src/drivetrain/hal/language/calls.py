@@ -214,7 +214,14 @@ def _special(name: str, arguments: list[Expr], line: int) -> Expr | None:
     if name in ("__threadfence", "__threadfence_block", "__threadfence_system"):
         _count(name, arguments, (0,), line)
         return Intrinsic(VOID, line, "fence", [])
-    if name in ("__ldg", "__ldcg", "__ldca", "__ldcs"):
+    if name in ("__stwb", "__stcg", "__stcs", "__stwt"):
+        _count(name, arguments, (2,), line)
+        pointer = decayed(arguments[0])
+        if not isinstance(pointer.type, Pointer) or pointer.type.const:
+            raise wrong(line, f"{name} needs a pointer to what may be written")
+        kind = pointer.type.to
+        return Assign(VOID, line, Deref(kind, line, pointer), convert(arguments[1], kind, line))
+    if name in ("__ldg", "__ldca", "__ldcg", "__ldcs", "__ldlu", "__ldcv"):
         _count(name, arguments, (1,), line)
         pointer = decayed(arguments[0])
         if not isinstance(pointer.type, Pointer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,10 @@ def _put(key: str, facts: dict[str, Any], home: Path | None) -> None:
     known = {k: v for k, v in config.read_json(path).items() if isinstance(v, dict)}
     known[key] = {**known.get(key, {}), **facts, "at": time.time()}
     newest = sorted(known, key=lambda k: -float(known[k].get("at", 0)))[:ENTRIES]
-    config.write_json(path, {k: known[k] for k in newest})
+    try:
+        config.write_json(path, {k: known[k] for k in newest})
+    except OSError as error:  # no reason to throw away what a search has found
+        warnings.warn(f"the plan is not kept: {path}: {error}", RuntimeWarning, stacklevel=3)
 
 
 def fatal(key: str, *, home: Path | None = None) -> frozenset[str]:
