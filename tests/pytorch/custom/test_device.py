@@ -291,3 +291,31 @@ def test_without_kept_parameters_weights_come_untied(run: Callable[..., str]) ->
         assert tied[0].weight is not tied[1].weight
         """
     )
+
+
+@pytest.mark.parametrize("memory", ["shared", "visible", "opaque"])
+def test_batch_norm_keeps_its_running_statistics(run: Callable[..., str], memory: str) -> None:
+    """Its schema does not say that it writes them."""
+    run(
+        f"""
+        register({memory!r})
+        host = nn.BatchNorm1d(4)
+        ours = copy.deepcopy(host).to("npu")
+        x = torch.randn(8, 4, 3) + 2
+        for _ in range(2):
+            host(x)
+            ours(x.to("npu")).sum().backward()
+        assert torch.allclose(ours.running_mean.cpu(), host.running_mean)
+        assert torch.allclose(ours.running_var.cpu(), host.running_var)
+        host.eval(), ours.eval()
+        inner = x.to("npu").requires_grad_()
+        out = ours(inner)
+        out.sum().backward()
+        assert torch.allclose(out.cpu(), host(x), atol=1e-5)
+        mean, var = torch.zeros(4, device="npu"), torch.ones(4, device="npu")
+        torch.batch_norm_update_stats(x.to("npu"), mean, var, 0.1)
+        expected = torch.zeros(4)
+        torch.batch_norm_update_stats(x, expected, torch.ones(4), 0.1)
+        assert torch.allclose(mean.cpu(), expected)
+        """
+    )

@@ -48,6 +48,8 @@ _MIXING = frozenset(
     """
     )
 )
+_WRITES_UNSAID = frozenset(words("aten::native_batch_norm aten::batch_norm_update_stats"))
+"""They write the running statistics that they are given, and their schemas do not say so."""
 _MAY_RETURN_BITS = ("linalg", "fft")
 _plans: dict[Any, Plan] = {}
 
@@ -71,6 +73,7 @@ def overload(name: str) -> Any:
 
 def _read(op: Any) -> Plan:
     schema = op._schema
+    name = str(schema.name)
     arguments = schema.arguments
     returns: list[tuple[int, str] | None] = []
     is_view = False
@@ -87,7 +90,8 @@ def _read(op: Any) -> Plan:
     written = tuple(
         (position, argument.name)
         for position, argument in enumerate(arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or (name in _WRITES_UNSAID and argument.name in ("running_mean", "running_var"))
     )
     types = [str(argument.type) for argument in arguments]
     tensors = tuple(each in ("Tensor", "Optional[Tensor]") for each in types)
@@ -96,7 +100,6 @@ def _read(op: Any) -> Plan:
     new = all(str(r.type) == "Tensor" and r.alias_info is None for r in schema.returns)
     lists = any("Tensor" in each and not one for each, one in zip(types, tensors, strict=True))
     elsewhere = any(argument.name in ("device", "names") for argument in arguments)
-    name = str(schema.name)
     keys = ("Conjugate", "Negative", "ZeroTensor")
     registered = f"{name}.{schema.overload_name}" if schema.overload_name else name
     return Plan(
