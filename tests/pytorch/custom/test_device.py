@@ -319,3 +319,22 @@ def test_batch_norm_keeps_its_running_statistics(run: Callable[..., str], memory
         assert torch.allclose(mean.cpu(), expected)
         """
     )
+
+
+def test_a_kernel_of_batch_norm_serves_its_out_overload(run: Callable[..., str]) -> None:
+    run(
+        """
+        def kernel(x, weight, bias, mean, var, training, momentum, eps):
+            mean.fill_(7.0)
+            return x + 1, mean.clone(), var.clone()
+
+        chip = OpaqueChip("npu")
+        chip.kernels = lambda: {"aten::native_batch_norm": kernel}
+        register_custom_device(chip, Config(fallback="allow", shim=SHIM))
+        x, mean, var = torch.ones(2, 4).to("npu"), torch.zeros(4).to("npu"), torch.ones(4).to("npu")
+        outs = [torch.empty(shape, device="npu") for shape in ((2, 4), (4,), (4,))]
+        torch.native_batch_norm(x, None, None, mean, var, True, 0.1, 1e-5, out=tuple(outs))
+        assert outs[0].tolist() == [[2.0] * 4] * 2
+        assert mean.tolist() == outs[1].tolist() == [7.0] * 4
+        """
+    )

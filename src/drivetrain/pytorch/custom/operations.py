@@ -289,7 +289,8 @@ def _siblings(op: Any) -> list[Any]:
 def _derived(runtime: Runtime, op: Any, other: Any, kernel: Kernel) -> Callable[..., Any]:
     """An in-place or ``out`` overload by way of the functional one."""
     plan = plan_of(other)
-    outs = {name for _, name in plan.written}
+    places = [place for place in plan.returns if place is not None]
+    outs = {name for _, name in places}
     inplace = str(other._schema.name) != str(op._schema.name)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -300,7 +301,7 @@ def _derived(runtime: Runtime, op: Any, other: Any, kernel: Kernel) -> Callable[
         if found is NotImplemented:
             return run_on_cpu(runtime, other, args, kwargs, "declined")
         results = found if isinstance(found, tuple) else (found,)
-        into = [argument_at(place, args, kwargs) for place in plan.written]
+        into = [argument_at(place, args, kwargs) for place in places]
         for target, result in zip(into, results, strict=True):
             if target.shape != result.shape:
                 if inplace:
