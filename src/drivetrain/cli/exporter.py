@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import sys
-import time
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -61,12 +64,10 @@ def exporter(
     if once:
         print(collector.page(), end="")
         return
-    signal.signal(signal.SIGTERM, _interrupt)
-    try:
+    with _told_to_end() as told:
         if textfile is not None:
             write_textfile(textfile, collector.page())
-            while every is not None:
-                time.sleep(every)
+            while every is not None and not select.select([told], [], [], every)[0]:
                 write_textfile(textfile, collector.page())
             return
         with MetricsServer(host, port, collector.page) as server:
@@ -83,10 +84,22 @@ def exporter(
                     file=sys.stderr,
                     flush=True,
                 )
-            server.serve_forever()
-    except KeyboardInterrupt:
-        return
+            threading.Thread(target=server.serve_forever, name="exporter", daemon=True).start()
+            select.select([told], [], [])
+            server.shutdown()
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+@contextmanager
+def _told_to_end() -> Iterator[int]:
+    """A file that can be read once Ctrl-C or SIGTERM has come. An exception out of a handler can be
+    lost: raised where a weak reference ends, it is printed and forgotten."""
+    told = os.eventfd(0)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda *_: os.eventfd_write(told, 1))
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(told)
