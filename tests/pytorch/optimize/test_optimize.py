@@ -199,7 +199,9 @@ def test_what_lost_by_little_is_measured_once_more_at_the_end() -> None:
 
     report = run(Net(0.03).eval(), Step.of("fast", slow), Step.of("as-fast", slow)).report
     assert "fast" in report.kept
-    if trial(report, "as-fast").verdict == "not kept":
+    lost, best = trial(report, "as-fast"), trial(report, "fast")
+    # By little, as far as a busy machine has measured it.
+    if lost.verdict == "not kept" and (lost.speedup or 0) * 1.03 > (best.speedup or 0):
         assert "measured once more" in trial(report, "fast + as-fast").reason
 
 
