@@ -183,13 +183,12 @@ def migrate(
     drivetrain migrate train-3f2a --to cpu:0 --strategy checkpointed --max-downtime 2
     """
     from drivetrain import hal
-    from drivetrain.migration.moves import check_strategy
+    from drivetrain.migration.moves import check_max_downtime, check_strategy
     from drivetrain.runtime.client import request
 
     check_strategy(strategy)
     hal.device(to)
-    if max_downtime is not None and not max_downtime > 0:
-        raise BadInput(f"--max-downtime must be more than 0 seconds: {max_downtime}")
+    check_max_downtime(max_downtime)
 
     def phase(name: str, facts: dict[str, Any]) -> None:
         if not as_json:

@@ -42,6 +42,12 @@ def check_strategy(name: str) -> str:
     raise BadInput(f"there is no strategy {name!r}; those that exist: {exist}")
 
 
+def check_max_downtime(seconds: float | None) -> None:
+    """BadInput for a limit that no move could keep, or that is no number; None: no limit."""
+    if seconds is not None and not seconds > 0:
+        raise BadInput(f"--max-downtime must be more than 0 seconds: {seconds}")
+
+
 @dataclass
 class MoveReport:
     """What a move did. ``downtime_ms``: from the source's last step to the target's first.

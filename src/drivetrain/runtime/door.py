@@ -12,7 +12,7 @@ from typing import Any
 
 from drivetrain import hal
 from drivetrain.errors import BadInput, DiskFull
-from drivetrain.migration.moves import check_strategy
+from drivetrain.migration.moves import check_max_downtime, check_strategy
 from drivetrain.runtime.channel import (
     Channel,
     ChannelClosed,
@@ -45,7 +45,7 @@ _FIELDS: dict[str, tuple[type, ...]] = {
 
 
 def _checked_body(message: Message) -> dict[str, Any]:
-    body = {}
+    body: dict[str, Any] = {}
     for key, value in message.body.items():
         if key in ("id", "op", "job"):
             continue
@@ -56,6 +56,7 @@ def _checked_body(message: Message) -> dict[str, Any]:
         body[key] = value
     if message.op == "migrate":
         check_strategy(str(body.get("strategy") or "immediate"))
+        check_max_downtime(body.get("max_downtime"))
         hal.device(str(body.get("to") or "?"))
     return body
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from drivetrain import hal
 from drivetrain.errors import BadInput
-from drivetrain.migration.moves import check_strategy
+from drivetrain.migration.moves import check_max_downtime, check_strategy
 from drivetrain.runtime import jobs
 from drivetrain.runtime.commands import Command
 from drivetrain.runtime.supervisor import Supervisor
@@ -70,8 +70,7 @@ class Job:
         """
         check_strategy(strategy)
         hal.device(to)
-        if max_downtime is not None and not max_downtime > 0:
-            raise BadInput(f"max_downtime must be more than 0 seconds: {max_downtime}")
+        check_max_downtime(max_downtime)
         body = {
             "to": to,
             "strategy": strategy,
