@@ -3,8 +3,9 @@
 Start: before the first call; end: all of it is done (the stream waited for). Floor, and what is
 held against: the same kernels, arguments and stream from a C loop over the driver's own launch
 function (cuLaunchKernel; on the processor the `cpu` driver's), or over cublasGemmEx. The workloads:
-a stencil that goes to and fro between two arrays; a pipeline of four small kernels; a chain of
-matrix products in half precision through cuBLAS on memory of torch's, wrapped.
+a stencil that goes to and fro between two arrays, plan by plan; a pipeline of four small kernels,
+the four of them in one call of ``launch_all``; a chain of matrix products in half precision through
+cuBLAS on memory of torch's, wrapped.
 
     python -m benchmarks hal_workloads
     python benchmarks/bench_hal_workloads.py [--quick] [--json] [cpu cuda]
@@ -29,6 +30,7 @@ from drivetrain import hal
 
 LIMIT = 1.02
 OURS, C, TORCH = "drivetrain", "the same in C", "torch"
+ONE_BY_ONE = "drivetrain, a call for each"
 
 SOURCE = r"""
 extern "C" __global__ void stencil(int w, int h, const float* in, float* out) {
@@ -95,6 +97,10 @@ class Launches:
             for plan in self.plans:
                 plan()
 
+    def together(self) -> None:
+        for _ in range(self.repeats):
+            hal.launch_all(self.plans)
+
     def in_c(self) -> None:
         """Raises RuntimeError when C cannot call this driver, or a call failed."""
         name = {1: "cuda", 2: "plain"}.get(self.abi)
@@ -109,7 +115,7 @@ def compare(
     report: HalReport, title: str, gate: str, ways: dict[str, Measure], settle: Any
 ) -> None:
     found = interleaved(ways, settle)
-    others = [name for name in ways if name not in (OURS, C)]
+    others = [name for name in ways if name not in (OURS, ONE_BY_ONE, C)]
     span = Span("before the first call", "all of it is done", C, next(iter(others), "none"))
     report.show(title, found, span, "ms")
     report.gate(gate, ratio(found, OURS, C), LIMIT, "x", span, room=LIMIT - 1)
@@ -128,10 +134,15 @@ class Workloads:
         made.copy_from(np.random.default_rng(1).random(count, np.float32), stream=self.stream)
         return made
 
-    def run(self, name: str, launches: Launches, *arrays: hal.Buffer) -> None:
+    def run(
+        self, name: str, launches: Launches, *arrays: hal.Buffer, together: bool = False
+    ) -> None:
+        """``together``: all of a round in one call; plan by plan is shown beside it."""
         self.same(launches, arrays)
         settle = self.stream.synchronize
         ways = {OURS: whole(launches.ours, settle), C: whole(launches.in_c, settle)}
+        if together:
+            ways = {OURS: whole(launches.together, settle), C: ways[C], ONE_BY_ONE: ways[OURS]}
         count = len(launches.plans) * launches.repeats
         title = f"{name} on {self.device.address}, {count} launches"
         compare(self.report, title, f"{name} on {self.device.address} / C", ways, settle)
@@ -146,15 +157,16 @@ class Workloads:
     def same(self, launches: Launches, arrays: tuple[hal.Buffer, ...]) -> None:
         """Both ways do the same, and something. Raises RuntimeError."""
         seen, before = [], self.contents(arrays)
-        for way in (launches.ours, launches.in_c):
+        for way in (launches.ours, launches.together, launches.in_c):
             for buffer, content in zip(arrays, before, strict=True):
                 buffer.copy_from(content, stream=self.stream)
             way()
             seen.append(self.contents(arrays))
         if all(np.array_equal(a, b) for a, b in zip(seen[0], before, strict=True)):
             raise RuntimeError("the launches changed nothing")
-        if not all(np.array_equal(a, b) for a, b in zip(*seen, strict=True)):
-            raise RuntimeError("the C loop and the plans give different results")
+        for other in seen[1:]:
+            if not all(np.array_equal(a, b) for a, b in zip(seen[0], other, strict=True)):
+                raise RuntimeError("the C loop and the plans give different results")
 
     def stencil(self) -> None:
         side, kernel = self.size.side, self.module.kernel("stencil")
@@ -178,9 +190,8 @@ class Workloads:
             self.module.kernel(name).plan(self.stream, -(-n // 256), 256, n, value, source, target)
             for name, value, source, target in chain
         ]
-        self.run(
-            "pipeline of small kernels", Launches(self.device, plans, self.size.rounds), x, y, z
-        )
+        launches = Launches(self.device, plans, self.size.rounds)
+        self.run("pipeline of small kernels", launches, x, y, z, together=True)
 
     def products(self) -> None:
         """c = a b, a = c b, ... with torch's matrices."""

@@ -134,7 +134,11 @@ def _link(address: str) -> dict[str, list[float]]:
     return {way: rates[1:] for way, rates in found.items()}
 
 
-def _large(runtime: Any, gpus: list[str], report: Report, rounds: int) -> None:
+ROUNDS = {"staged": 5, "peer": 3}
+"""Moves there and back; the ones through the host vary more."""
+
+
+def _large(runtime: Any, gpus: list[str], report: Report, quick: bool) -> None:
     """10 GiB: GPU to GPU by peer copy, and through the host to the CPU and back."""
     link = _link(gpus[0])
     script = ROOT / "benchmarks/state_job.py"
@@ -146,7 +150,7 @@ def _large(runtime: Any, gpus: list[str], report: Report, rounds: int) -> None:
     for kind, legs in routes:
         times: dict[str, list[float]] = {}
         rates: dict[str, list[float]] = {}
-        for _ in range(rounds):
+        for _ in range(1 if quick else ROUNDS[kind]):
             for there, back in legs:
                 for to in (there, back):
                     move = job.migrate(to)
@@ -202,7 +206,6 @@ def _hal() -> None:
 
 def main() -> int:
     report = Report("gpu")
-    rounds = 4 if "--quick" not in sys.argv else 1
     with tempfile.TemporaryDirectory(dir=os.environ.get("DRIVETRAIN_GPU_TMP")) as home:
         os.environ["DRIVETRAIN_HOME"] = home
         from drivetrain import hal
@@ -221,7 +224,7 @@ def main() -> int:
                 "backend": _backend,
                 "hal": _hal,
                 "digits": lambda: _small(runtime, gpus),
-                "large": lambda: _large(runtime, gpus, report, rounds),
+                "large": lambda: _large(runtime, gpus, report, "--quick" in sys.argv),
             }
             for name, stage in stages.items():
                 if not only or name == only:

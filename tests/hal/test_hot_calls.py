@@ -223,3 +223,50 @@ def test_a_structure_goes_as_bytes_or_as_any_buffer_of_its_length() -> None:
     out.copy_to(found, stream=stream)
     stream.synchronize(60)
     assert list(memoryview(found).cast("q")) == [5, 5, 5]
+
+
+def test_plans_queued_together_do_what_they_do_one_by_one(rig: Any) -> None:
+    stream = rig.device.stream()
+    value = rig.alloc(4, stream)
+    add = rig.kernel("add").plan(stream, 1, 1, value, 3)
+    times = rig.kernel("times").plan(stream, 1, 1, value, 2)
+    for plans in ([add, times, add], (add, times, add), iter((add, times, add))):
+        value.fill(b"\0", stream=stream)
+        hal.launch_all(plans)
+        assert rig.number(value, stream) == 9
+    hal.launch_all([])
+    add.set(1, 5)
+    hal.launch_all([add])
+    assert rig.number(value, stream) == 14
+
+
+def test_what_is_no_plan_is_refused_before_anything_is_queued(rig: Any) -> None:
+    stream = rig.device.stream()
+    value = rig.alloc(4, stream)
+    value.fill(b"\0", stream=stream)
+    add = rig.kernel("add").plan(stream, 1, 1, value, 3)
+    wrong: tuple[Any, ...] = ([add, None], [add, rig.kernel("add")], add, 7, None, "ab")
+    for plans in wrong:
+        with pytest.raises(BadInput, match="launch_all takes plans"):
+            hal.launch_all(plans)
+    assert rig.number(value, stream) == 0
+
+    def broken() -> Any:
+        yield add
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        hal.launch_all(broken())
+    assert rig.number(value, stream) == 0
+
+
+def test_a_plan_of_a_closed_buffer_ends_what_is_queued_together(rig: Any) -> None:
+    stream = rig.device.stream()
+    value, gone = rig.alloc(4, stream), rig.alloc(4, stream)
+    value.fill(b"\0", stream=stream)
+    add = rig.kernel("add").plan(stream, 1, 1, value, 3)
+    of_gone = rig.kernel("add").plan(stream, 1, 1, gone, 3)
+    gone.close()
+    with pytest.raises(BadInput, match="closed"):
+        hal.launch_all([add, of_gone, add])
+    assert rig.number(value, stream) == 3

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from drivetrain.hal.array import Array
     from drivetrain.hal.dlpack import from_dlpack
     from drivetrain.hal.graph import Graph
+    from drivetrain.hal.hot import launch_all
     from drivetrain.hal.kernel import (
         BF16,
         F16,
@@ -81,6 +82,7 @@ _LATE = {
     "Variant": "language.variants",
     "Variants": "language.variants",
     "close_all": "opened",
+    "launch_all": "hot",
     "record": "recording",
     "replay": "replaying",
 }
@@ -152,6 +154,7 @@ __all__ = [
     "devices",
     "drivers",
     "from_dlpack",
+    "launch_all",
     "ops",
     "profile",
     "record",

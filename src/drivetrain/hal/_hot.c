@@ -30,7 +30,7 @@
 static PyTypeObject *buffer_class;  /* drivetrain.hal.memory.Buffer */
 static PyObject *device_kind;       /* MemoryKind.DEVICE */
 static PyObject *slow_alloc, *slow_launch;
-static PyTypeObject *buffer_core, *stream_core, *event_core, *kernel_core, *lists_type;
+static PyTypeObject *buffer_core, *stream_core, *event_core, *kernel_core, *plan_core, *lists_type;
 static _Atomic int watched; /* 1: launches go through Python; 2: allocations and events too */
 static PyTypeObject *event_class;   /* drivetrain.hal.stream.Event */
 static PyObject *name_stream, *name_kind, *name_pool, *name_shared, *name_close, *name_pop, *name_record,
@@ -46,8 +46,8 @@ static inline int alone(void) {
 #ifdef Py_GIL_DISABLED
     return 0;
 #else
-    PyThreadState *first = PyInterpreterState_ThreadHead(PyInterpreterState_Get());
-    return first && !PyThreadState_Next(first);
+    PyThreadState *here = PyThreadState_Get();
+    return !here->prev && !here->next;
 #endif
 }
 
@@ -354,15 +354,16 @@ static PyType_Spec stream_spec = {"drivetrain.hal._hot.StreamCore", sizeof(Strea
 
 typedef struct {
     PyObject_HEAD
+    /* What a launch reads comes first: one line of the cache. */
     unsigned long long ptr;
+    PyObject *root;     /* a view's Buffer, or a wrapped memory's owner */
+    PyObject *home;     /* the Stream it was allocated on */
+    void *last_user;    /* one of users, or home; compared only */
     Py_ssize_t nbytes;
     PyObject *opened, *device, *kind;
     PyObject *resource; /* what gets the memory back; NULL or None: nobody */
-    PyObject *home;     /* the Stream it was allocated on */
-    PyObject *root;     /* a view's Buffer, or a wrapped memory's owner */
     PyObject *users;    /* the set of other Streams that used it */
     PyObject *waits;
-    void *last_user;    /* one of users, or home; compared only */
 } BufferCore;
 
 static PyMemberDef buffer_members[] = {
@@ -829,12 +830,8 @@ static PyObject *plan_slow(Plan *self) {
     return PyObject_CallMethodOneArg(self->launch, name_on, (PyObject *)self->stream);
 }
 
-static PyObject *plan_call(PyObject *object, PyObject *const *args, size_t flags, PyObject *names) {
-    Plan *self = (Plan *)object;
-    if (PyVectorcall_NARGS(flags) || (names && PyTuple_GET_SIZE(names))) {
-        PyErr_SetString(PyExc_TypeError, "a plan takes no arguments; change them with set");
-        return NULL;
-    }
+/* Queues it; NULL with an exception set when that failed, else None. */
+static PyObject *plan_queue(Plan *self) {
     unsigned long long handle = queues(self->stream);
     int usual = !watching(1) && self->kernel->calls.abi && handle;
     if (usual) {
@@ -850,6 +847,44 @@ static PyObject *plan_call(PyObject *object, PyObject *const *args, size_t flags
         queue(self->kernel, self->grid, self->block, self->shared, handle, self->arguments))
         return plan_slow(self);
     Py_RETURN_NONE;
+}
+
+static PyObject *plan_call(PyObject *object, PyObject *const *args, size_t flags, PyObject *names) {
+    if (PyVectorcall_NARGS(flags) || (names && PyTuple_GET_SIZE(names))) {
+        PyErr_SetString(PyExc_TypeError, "a plan takes no arguments; change them with set");
+        return NULL;
+    }
+    return plan_queue((Plan *)object);
+}
+
+static void bad_input(const char *text) {
+    PyObject *errors = PyImport_ImportModule("drivetrain.errors");
+    PyObject *type = errors ? PyObject_GetAttrString(errors, "BadInput") : NULL;
+    if (type) PyErr_SetString(type, text);
+    Py_XDECREF(type);
+    Py_XDECREF(errors);
+}
+
+static PyObject *launch_all(PyObject *module, PyObject *given) {
+    PyObject *plans = PySequence_Tuple(given); /* a tuple itself, or one that nobody changes */
+    if (!plans) {
+        if (PyErr_ExceptionMatches(PyExc_TypeError)) {
+            PyErr_Clear();
+            bad_input("launch_all takes plans");
+        }
+        return NULL;
+    }
+    PyObject *done = Py_NewRef(Py_None);
+    Py_ssize_t count = PyTuple_GET_SIZE(plans);
+    for (Py_ssize_t i = 0; i < count && done; i++)
+        if (!PyObject_TypeCheck(PyTuple_GET_ITEM(plans, i), plan_core)) {
+            Py_CLEAR(done);
+            bad_input("launch_all takes plans");
+        }
+    for (Py_ssize_t i = 0; i < count && done; i++)
+        Py_XSETREF(done, plan_queue((Plan *)PyTuple_GET_ITEM(plans, i)));
+    Py_DECREF(plans);
+    return done;
 }
 
 /* _PlanCore(launch, stream, kernel, address of the arguments, grid, block, shared) */
@@ -1156,6 +1191,10 @@ static PyMethodDef functions[] = {
     {"bind", bind, METH_VARARGS, NULL},
     {"bind_event", bind_event, METH_O, NULL},
     {"watch", watch, METH_O, NULL},
+    {"launch_all", launch_all, METH_O,
+     "launch_all(plans): queue the launches of an iterable of plans in their order, as calling one "
+     "after the other does, without the interpreter's share of each call. Raises BadInput, before "
+     "anything is queued, for what is no plan; where a plan raises, those before it are queued."},
     {"alloc", (PyCFunction)(void (*)(void))alloc, METH_FASTCALL | METH_KEYWORDS,
      "alloc(nbytes, *, stream, kind=MemoryKind.DEVICE, pool=None) -> Buffer of memory, usable on "
      "stream from here on. From the device's caching pool, or from pool. The contents are "
@@ -1193,7 +1232,7 @@ static int exec_module(PyObject *module) {
         add(module, "BufferCore", &buffer_spec, &buffer_core) ||
         add(module, "EventCore", &event_spec, &event_core) ||
         add(module, "KernelCore", &kernel_spec, &kernel_core) ||
-        add(module, "PlanCore", &plan_spec, NULL) || add(module, "GraphCore", &graph_spec, NULL))
+        add(module, "PlanCore", &plan_spec, &plan_core) || add(module, "GraphCore", &graph_spec, NULL))
         return -1;
     /* Bound like a method when it is found in a class. */
     PyObject *function = PyObject_GetAttrString(module, "alloc");

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+from drivetrain.errors import BadInput
 
 GRAIN = 512
 BIN = 64
@@ -272,3 +274,17 @@ class PlanCore:
 
     def __call__(self) -> None:
         self._launch.on(self._stream)
+
+
+def launch_all(plans: Iterable[Any]) -> None:
+    """Queue the launches of an iterable of plans in their order, as calling one after the other
+    does, without the interpreter's share of each call. Raises BadInput, before anything is queued,
+    for what is no plan; where a plan raises, those before it are queued."""
+    try:
+        every = tuple(plans)
+    except TypeError:
+        raise BadInput("launch_all takes plans") from None
+    if not all(isinstance(each, PlanCore) for each in every):
+        raise BadInput("launch_all takes plans")
+    for each in every:
+        each()

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         alloc_method,
         bind,
         bind_event,
+        launch_all,
         watch,
     )
 
@@ -45,7 +46,7 @@ else:
     KernelCore, PlanCore = _module.KernelCore, _module.PlanCore
     EventCore, GraphCore = _module.EventCore, _module.GraphCore
     alloc_method, bind, watch = _module.alloc_method, _module.bind, _module.watch
-    bind_event = _module.bind_event
+    bind_event, launch_all = _module.bind_event, _module.launch_all
 
 __all__ = [
     "BACKEND",
@@ -59,5 +60,6 @@ __all__ = [
     "alloc_method",
     "bind",
     "bind_event",
+    "launch_all",
     "watch",
 ]

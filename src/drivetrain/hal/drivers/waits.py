@@ -6,8 +6,8 @@ import os
 import time
 from collections.abc import Callable
 
-_SPIN_S = 4e-3
-"""So long a wait costs no more than the work took; the vendors' own waits spin at first, too."""
+_SPIN_S = 16e-3
+"""So long a wait costs no more than the work took; the vendors' own waits spin to their end."""
 _SHARE = 64
 _LONGEST_SLEEP_S = 1e-3
 
