@@ -1078,9 +1078,15 @@ static Py_ssize_t launch_steps(GraphCore *self, void *stream) {
     for (Py_ssize_t i = 0; i < self->count; i++) {
         step *each = &self->steps[i];
         KernelCore *kernel = each->kernel;
-        if (dt_launch(&kernel->calls, kernel->function, each->grid, each->block, each->shared, stream,
-                      each->arguments, kernel->sizes, kernel->count))
-            return i;
+        const dt_calls *calls = &kernel->calls;
+        int code;
+        if (calls->abi == DT_ABI_PLAIN && !calls->get_context) /* as dt_launch does, without the way there */
+            code = ((dt_plain_launch)calls->launch)(kernel->function, each->grid, each->block,
+                                                    each->shared, stream, each->arguments);
+        else
+            code = dt_launch(calls, kernel->function, each->grid, each->block, each->shared, stream,
+                             each->arguments, kernel->sizes, kernel->count);
+        if (code) return i;
     }
     return self->count;
 }
