@@ -125,7 +125,7 @@ class Home:
     ) -> subprocess.CompletedProcess[str]:
         """Run one command to its end."""
         return subprocess.run(
-            [sys.executable, "-c", MAIN, *words],
+            [sys.executable, "-P", "-c", MAIN, *words],
             env={**self.env, **(env or {})},
             capture_output=True,
             text=True,

@@ -51,6 +51,16 @@ def test_options_are_read_on_both_sides_and_the_rest_goes_to_the_script(home: Ho
     assert home.details("both")["device"] == "cpu:1"
 
 
+def test_modules_beside_the_script_are_the_scripts_alone(home: Home) -> None:
+    """One may even be called as this package is, or as one of Python's that a worker imports."""
+    for name in ("drivetrain", "argparse", "selectors"):
+        (home.folder / f"{name}.py").write_text("raise SystemExit('the wrong module')\n")
+    (home.folder / "mine.py").write_text("WORD = 'mine'\n")
+    path = script(home, "import sys, mine; print(mine.WORD, sys.path[0])\n")
+    done = home.drivetrain("run", str(path))
+    assert (done.returncode, done.stdout) == (0, f"mine {home.folder}\n"), done.stderr
+
+
 def test_an_unknown_option_is_refused_and_names_the_dashes(home: Home) -> None:
     done = home.drivetrain("run", str(SCRIPT), "--lr", "3e-4")
     assert done.returncode == 2

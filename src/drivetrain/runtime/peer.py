@@ -35,7 +35,7 @@ class PeerCopier:
             MARK: key,
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "drivetrain.hal.drivers.cuda_ipc"],
+            [sys.executable, "-P", "-m", "drivetrain.hal.drivers.cuda_ipc"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -95,7 +95,7 @@ class Worker:
         crash_point("runtime.spawn")
         try:
             popen = subprocess.Popen(
-                [python, "-m", "drivetrain.runtime.worker", "--fd", str(theirs.fileno())],
+                [python, "-P", "-m", "drivetrain.runtime.worker", "--fd", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 stdout=outputs[0],
                 stderr=outputs[1],

@@ -1,6 +1,6 @@
 """A worker process: runs the user's script in its main thread, on the one device it can see.
 
-Started by the runtime as ``python -m drivetrain.runtime.worker --fd N`` with the control socket
+Started by the runtime as ``python -P -m drivetrain.runtime.worker --fd N`` with the control socket
 inherited as N. Free of torch until the script is about to start.
 """
 
@@ -72,8 +72,8 @@ def _prepare(start: dict[str, Any]) -> None:
     os.umask(spec["umask"])
     os.chdir(spec["cwd"])
     sys.argv = [spec["script"], *spec["args"]]
-    # The folder of this module came first on the path; the script expects its own there.
-    sys.path[0] = str(Path(spec["script"]).parent)
+    # Python was told to put no folder first on the path (-P); the script expects its own there.
+    sys.path.insert(0, str(Path(spec["script"]).parent))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
 
