@@ -14,6 +14,7 @@ from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
+import numpy as np
 import pytest
 
 from drivetrain import hal
@@ -163,6 +164,24 @@ def test_declared_work_is_held_against_the_roofline(device: hal.Device) -> None:
     with hal.profile(peaks=lambda device: None) as other:
         work.add()
     assert other.as_json()["kernels"][0]["roofline_share"] is None
+
+
+def test_declared_work_is_a_number(device: hal.Device, tmp_path: Path) -> None:
+    work = Work(device)
+    wrong: tuple[Any, ...] = (float("nan"), float("inf"), -1, "12", [3])
+    for told in wrong:
+        with pytest.raises(BadInput, match=r"add: .* bytes a launch"):
+            work.add_kernel.work(bytes=told)
+        work.add_kernel.work(flops=lambda *_, told=told: told)
+        with hal.profile(), pytest.raises(BadInput, match=r"add: .* flops a launch"):
+            work.add()
+    work.add_kernel.work(bytes=np.int64(12 * N), flops=lambda *_: np.float32(N))
+    with hal.profile() as profile:
+        work.add()
+    profile.write_trace(tmp_path / "trace.json")
+    json.loads((tmp_path / "trace.json").read_text())
+    add = line(profile, "kernel", "add")
+    assert (add.nbytes, add.flops) == (12 * N, N)
 
 
 def test_the_trace_is_what_viewers_take(device: hal.Device, tmp_path: Path) -> None:

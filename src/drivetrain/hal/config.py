@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
+import time
 import tomllib
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import platformdirs
 from drivetrain.errors import BadInput
 
 TRUST_FILE = "trusted-drivers.json"
+_TURN_S = 2.0
 
 
 def state_folder() -> Path:
@@ -53,6 +57,29 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
         raise
 
 
+def change_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Replaces the file by what ``change`` makes of its object. One process at a time does so, and
+    one thread, so that nobody's change is lost. Where its turn does not come within 2 s (a file
+    system without locks, a holder that was stopped) it goes ahead all the same."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    turn = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        deadline = time.monotonic() + _TURN_S
+        while True:
+            try:
+                fcntl.flock(turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.005)
+            except OSError:
+                break
+        write_json(path, change(read_json(path)))
+    finally:
+        os.close(turn)
+
+
 def disabled_drivers() -> dict[str, str]:
     """Driver -> the file whose ``[drivers] disable`` switches it off.
 
@@ -87,20 +114,23 @@ def disabled_drivers() -> dict[str, str]:
 
 def trusted_drivers() -> dict[str, str]:
     """Outside driver -> what was trusted: ``distribution:entry point``."""
-    found = read_json(state_folder() / TRUST_FILE)
+    return _trusted(read_json(state_folder() / TRUST_FILE))
+
+
+def _trusted(found: dict[str, Any]) -> dict[str, str]:
     return {name: value for name, value in found.items() if isinstance(value, str)}
 
 
 def write_trust(name: str, value: str | None) -> None:
     """Trusts (or, with ``None``, no longer trusts) an outside driver. Raises BadInput when the
     state folder cannot be written."""
-    trusted = trusted_drivers()
-    if value is None:
-        trusted.pop(name, None)
-    else:
-        trusted[name] = value
+
+    def change(found: dict[str, Any]) -> dict[str, Any]:
+        others = {each: told for each, told in _trusted(found).items() if each != name}
+        return others if value is None else {**others, name: value}
+
     path = state_folder() / TRUST_FILE
     try:
-        write_json(path, dict(trusted))
+        change_json(path, change)
     except OSError as error:
         raise BadInput(f"{path} cannot be written, nothing was changed: {error}") from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import numbers
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -310,8 +312,8 @@ class Launch:
         nbytes, flops, dtype = told if told is not None else (None, None, "")
         if callable(nbytes) or callable(flops):
             facts = (self.grid, self.block, self.values())
-            nbytes = nbytes(*facts) if callable(nbytes) else nbytes
-            flops = flops(*facts) if callable(flops) else flops
+            nbytes = _number(self.kernel, "bytes", nbytes(*facts)) if callable(nbytes) else nbytes
+            flops = _number(self.kernel, "flops", flops(*facts)) if callable(flops) else flops
         if nbytes is not None:
             return WorkFacts(nbytes, "declared", flops, dtype)
         seen = {(buffer.ptr, buffer.nbytes) for buffer in self.buffers.values()}
@@ -336,6 +338,13 @@ class Launch:
                 f"{stream.device.address}"
             )
         return handle
+
+
+def _number(kernel: Kernel, what: str, told: object) -> float:
+    """What was declared of a launch, as Python's own number. Raises BadInput."""
+    if not isinstance(told, numbers.Real) or not 0 <= float(told) < math.inf:
+        raise BadInput(f"{kernel.name}: {told!r} {what} a launch: give a number of 0 or more")
+    return int(told) if isinstance(told, numbers.Integral) else float(told)
 
 
 def _block(kernel: Kernel, block: Dim | None, most: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -461,7 +470,11 @@ class Kernel(KernelCore):
         """Declare for profiles what one launch reads and writes together and how many operations it
         does, in numbers or as functions of ``(grid, block, arguments)``. ``dtype`` says which peak
         the operations are held against. Without it, bytes are estimated: each buffer among the
-        arguments counts once, whole."""
+        arguments counts once, whole. Raises BadInput for what is no number, below 0 or infinite."""
+        bytes, flops = (
+            told if told is None or callable(told) else _number(self, what, told)
+            for what, told in (("bytes", bytes), ("flops", flops))
+        )
         self._work = (bytes, flops, dtype)
         return self
 

@@ -81,7 +81,7 @@ def link(source: Device, target: Device) -> Link:
     except HalError as error:
         return Link(kind, None, f"not measured: {error}")
     try:
-        config.write_json(path, {**config.read_json(path), key: measured})
+        config.change_json(path, lambda known: {**known, key: measured})
     except OSError:
         pass  # the next one measures again
     return Link(kind, measured)

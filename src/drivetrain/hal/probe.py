@@ -105,8 +105,11 @@ def probe(
 
 def _keep(entries: dict[str, dict[str, object]], path: Path) -> None:
     boot = config.boot_id()
-    kept = {key: value for key, value in config.read_json(path).items() if key.endswith(boot)}
+
+    def change(known: dict[str, object]) -> dict[str, object]:
+        return {key: value for key, value in known.items() if key.endswith(boot)} | entries
+
     try:
-        config.write_json(path, {**kept, **entries})
+        config.change_json(path, change)
     except OSError:
         return  # A state folder that cannot be written costs the next caller a probe, no more.

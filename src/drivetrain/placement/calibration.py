@@ -98,7 +98,7 @@ def save(device: Device, calibration: Calibration, *, home: Path | None = None) 
     """Keeps it for `load`; a state folder that cannot be written is a warning."""
     path = _path(home)
     try:
-        config.write_json(path, {**config.read_json(path), _key(device): calibration.as_json()})
+        config.change_json(path, lambda known: {**known, _key(device): calibration.as_json()})
     except OSError as error:
         text = f"what was measured of {device.address} is not kept: {path}: {error}"
         warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from drivetrain.hal import config, wire
 from drivetrain.hal.device import DeviceInfo
@@ -22,12 +23,14 @@ def read(file: str, fingerprint: str) -> tuple[DeviceInfo, ...] | None:
 
 def write(file: str, fingerprint: str, found: tuple[DeviceInfo, ...]) -> None:
     path = config.state_folder() / file
-    kept = {fingerprint: {"at": time.time(), "found": [wire.info_to_json(info) for info in found]}}
-    others = config.read_json(path)
-    dated = [key for key, each in others.items() if isinstance(each, dict) and "at" in each]
-    for key in sorted(dated, key=lambda key: str(others[key]["at"]))[-_MOST + 1 :]:
-        kept.setdefault(key, others[key])
+    own = {"at": time.time(), "found": [wire.info_to_json(info) for info in found]}
+
+    def change(others: dict[str, Any]) -> dict[str, Any]:
+        dated = [key for key, each in others.items() if isinstance(each, dict) and "at" in each]
+        newest = sorted(dated, key=lambda key: str(others[key]["at"]))[-_MOST + 1 :]
+        return {**{key: others[key] for key in newest}, fingerprint: own}
+
     try:
-        config.write_json(path, dict(kept))
+        config.change_json(path, change)
     except OSError:
         pass  # the next one asks the loader again

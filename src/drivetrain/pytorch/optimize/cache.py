@@ -110,11 +110,15 @@ def save(key: str, report: Report, *, home: Path | None = None) -> None:
 
 def _put(key: str, facts: dict[str, Any], home: Path | None) -> None:
     path = _path(home)
-    known = {k: v for k, v in config.read_json(path).items() if isinstance(v, dict)}
-    known[key] = {**known.get(key, {}), **facts, "at": time.time()}
-    newest = sorted(known, key=lambda k: -float(known[k].get("at", 0)))[:ENTRIES]
+
+    def change(found: dict[str, Any]) -> dict[str, Any]:
+        known = {k: v for k, v in found.items() if isinstance(v, dict)}
+        known[key] = {**known.get(key, {}), **facts, "at": time.time()}
+        newest = sorted(known, key=lambda k: -float(known[k].get("at", 0)))[:ENTRIES]
+        return {k: known[k] for k in newest}
+
     try:
-        config.write_json(path, {k: known[k] for k in newest})
+        config.change_json(path, change)
     except OSError as error:  # no reason to throw away what a search has found
         warnings.warn(f"the plan is not kept: {path}: {error}", RuntimeWarning, stacklevel=3)
 
