@@ -62,7 +62,7 @@ def change_json(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) 
     one thread, so that nobody's change is lost. Where its turn does not come within 2 s (a file
     system without locks, a holder that was stopped) it goes ahead all the same."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    turn = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    turn = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)  # no file of its own is left behind
     try:
         deadline = time.monotonic() + _TURN_S
         while True:

@@ -278,10 +278,13 @@ class TrainingJob:
             self._held = self._completed
             agent.requeue(Message("pause", {"why": "rehearsal"}))
             agent.event("told", kind="held", step=self._completed)
+        due = replicator.due(self._completed)
+        if agent.attention or due:
+            agent.flush_steps()
         if agent.attention and self._endpoint is not None:
             # First, so that a pause for a move does not wait for a replica as well.
             self._endpoint.serve(self._completed)
-        if replicator.due(self._completed):
+        if due and replicator.due(self._completed):
             self._replicate(agent, replicator)
 
     def _replicate(self, agent: Agent, replicator: Replicator) -> None:
@@ -415,6 +418,7 @@ class TrainingJob:
             return
         self._finished = True
         if self._agent is not None:
+            self._agent.flush_steps()
             self._agent.end_loop()
         try:
             self._batches.close()

@@ -12,7 +12,7 @@ import torch
 
 from drivetrain.pytorch import on_chip
 from drivetrain.runtime.agent import Agent
-from drivetrain.runtime.status import HIGH, STEP, STEP_END
+from drivetrain.runtime.status import HIGH, MEDIAN, STEP, STEP_END
 
 _RECENT_STEPS = 32
 
@@ -54,7 +54,7 @@ class Pace:
         page, words = agent.page, agent.page.words
         if not self._announced:
             page.first_step_end_ns = ended
-        page.median_ns = self.median_ns
+        words[MEDIAN] = self.median_ns
         words[STEP_END] = ended
         words[STEP] = step
         if step > words[HIGH]:

@@ -37,6 +37,7 @@ from drivetrain.store.crash import crash_point
 
 _TARGET_COST = 0.01
 _AIM = 0.8  # of the target: a copy also leaves colder caches, which nobody measures
+_LOOP_WEIGHT = 2.0  # so does the loop, every step: in short steps as much again as is measured
 _AT_ONCE = 1 << 20  # bytes: 0.1 ms, where a thread that takes a core from torch's can cost a slice
 _MAX_GAP_S = 10.0
 _COST_SAMPLES = 9
@@ -54,7 +55,7 @@ def choose_interval(cost_s: float, step_s: float, loop_s: float = 0.0) -> int:
     if step_s <= 0:
         return 1
     target_s = _AIM * _TARGET_COST * step_s
-    room = max(target_s - loop_s, 0.1 * target_s)
+    room = max(target_s - _LOOP_WEIGHT * loop_s, 0.1 * target_s)
     least = max(1, math.ceil(cost_s / room))
     cap = max(1, int(_MAX_GAP_S / step_s))
     return min(least, cap)

@@ -139,7 +139,7 @@ class StepGuard:
         """Take the snapshot; with ``gradients`` also those of an unfinished group."""
         self.stepped = False
         self._random = self._python_generator.state()
-        self._torch = torch.get_rng_state()
+        self._torch = torch.default_generator.get_state()
         self._numpy = self._numpy_generator.state()
         if self._cuda_generator is not None:
             generator = self._cuda_generator
@@ -179,22 +179,32 @@ class _Buffers:
         parts = {id(part): part for model in models for part in model.modules()}
         self._homes = [part._buffers for part in parts.values()]
         self._held: list[dict[str, torch.Tensor | None]] = [{} for _ in self._homes]
+        self._count = 0
+        self._filled: list[tuple[dict[str, torch.Tensor | None], dict[str, Any]]] = []
         self._groups: list[tuple[list[torch.Tensor], list[torch.Tensor]]] = []
 
-    @torch.no_grad()
     def remember(self) -> None:
+        """Runs every step: most models have hundreds of modules and few buffers, if any."""
         if not self._are_those_held():
-            self._held = [dict(home) for home in self._homes]
-            buffers = {id(b): b for held in self._held for b in held.values() if b is not None}
-            # One copy operation takes tensors of one type: grouped, they cost a launch or two.
-            by_type: dict[torch.dtype, list[torch.Tensor]] = {}
-            for buffer in buffers.values():
-                by_type.setdefault(buffer.dtype, []).append(buffer)
-            self._groups = [
-                (live, [torch.empty_like(buffer) for buffer in live]) for live in by_type.values()
-            ]
-        for live, saved in self._groups:
-            torch._foreach_copy_(saved, live)
+            self._hold()
+        if self._groups:
+            with torch.no_grad():
+                for live, saved in self._groups:
+                    torch._foreach_copy_(saved, live)
+
+    def _hold(self) -> None:
+        self._held = [dict(home) for home in self._homes]
+        self._count = sum(map(len, self._held))
+        pairs = zip(self._homes, self._held, strict=True)
+        self._filled = [(home, held) for home, held in pairs if held]
+        buffers = {id(b): b for held in self._held for b in held.values() if b is not None}
+        # One copy operation takes tensors of one type: grouped, they cost a launch or two.
+        by_type: dict[torch.dtype, list[torch.Tensor]] = {}
+        for buffer in buffers.values():
+            by_type.setdefault(buffer.dtype, []).append(buffer)
+        self._groups = [
+            (live, [torch.empty_like(buffer) for buffer in live]) for live in by_type.values()
+        ]
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -208,11 +218,12 @@ class _Buffers:
             torch._foreach_copy_(live, saved)
 
     def _are_those_held(self) -> bool:
-        for home, held in zip(self._homes, self._held, strict=True):
-            if len(home) != len(held):
-                return False
+        # As many as before, and all that were there are: so no other one came.
+        if sum(map(len, self._homes)) != self._count:
+            return False
+        for home, held in self._filled:
             for name, buffer in held.items():
-                if home.get(name) is not buffer:
+                if home.get(name, _Buffers) is not buffer:
                     return False
         return all(
             buffer.shape == before.shape
