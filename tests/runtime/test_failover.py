@@ -64,6 +64,40 @@ def lose_worker(home: Home, count: int = 1) -> dict[str, Any]:
 # -- a worker dies --------------------------------------------------------------------------------
 
 
+QUICK_STEPS = """
+import os, signal, sys
+import torch
+from drivetrain import TrainingJob
+
+model = torch.nn.Linear(2, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+run = TrainingJob(model, optimizer, [torch.ones(1, 2)] * 400, epochs=1)
+for step in run:
+    with step as batch:
+        model(batch).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step.index == 175 and not step.dry and not os.path.exists(sys.argv[1]):
+            open(sys.argv[1], "w").close()
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_log_of_quick_steps_has_no_gap_where_a_worker_was_killed(home: Home) -> None:
+    """Their lines are written together, and before each replica."""
+    path = home.folder / "quick.py"
+    path.write_text(QUICK_STEPS)
+    killed = home.folder / "killed"
+    options = ("--on", "cpu:0", "--name", "j", "--replicate-every", "50")
+    hosted = home.run(*options, script=path, args=(str(killed),))
+    assert hosted.wait() == 0, hosted.err
+    assert killed.exists()
+    log = step_log(home)
+    assert len({line["copy"] for line in log}) == 2
+    assert {line["step"] for line in log} == set(range(1, 401))
+    check_steps(log, repeats=50)
+
+
 @pytest.mark.soak
 def test_a_killed_worker_comes_back_with_all_that_it_started_gone(
     home: Home, unmoved: Unmoved

@@ -41,7 +41,7 @@ from drivetrain.store.process import ProcessId
 
 _STEP_LOG_LIMIT = 64 << 20
 _STEP_LOG_NS = 20_000_000
-"""Lines of shorter steps are written together: each system call costs a third of the loop."""
+"""Lines of shorter steps are written together: a system call each is much of the loop's cost."""
 _ALONE_S = 3600.0  # how long a waiting copy keeps a replica that nobody else has
 _current: Agent | None = None
 

@@ -284,7 +284,7 @@ class TrainingJob:
         if agent.attention and self._endpoint is not None:
             # First, so that a pause for a move does not wait for a replica as well.
             self._endpoint.serve(self._completed)
-        if due and replicator.due(self._completed):
+        if due and replicator.due(self._completed):  # serving may have taken one
             self._replicate(agent, replicator)
 
     def _replicate(self, agent: Agent, replicator: Replicator) -> None:
