@@ -4,7 +4,7 @@
 # make soak    each long proof in full
 # make test-vendors   what needs a heavy package: Triton's compilers (1 GB on disk), SYCL with Intel's runtime (1.6 GB), AMD's hiprtc, Level Zero, promtool
 # make bench   times and ratios; ends 1 on a miss
-# make gpu-check [PYTHON=python3] [WHEELS=folder]   all that needs a GPU
+# make gpu-check [PYTHON=python3] [WHEELS=folder] [REPORTS=folder]   all that needs a GPU
 # make setup   ./.venv with the project installed; the others call it
 
 SHELL := /bin/bash
@@ -75,7 +75,8 @@ bench: setup
 
 # Takes the interpreter and the torch that are there; never touches .venv or the interpreter.
 gpu-check:
-	@$(or $(PYTHON),python3) tools/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)")
+	@$(or $(PYTHON),python3) tools/gpu_check.py $(if $(WHEELS),--wheels "$(WHEELS)") \
+	    $(if $(REPORTS),--reports "$(REPORTS)")
 
 # Known vulnerabilities of the pinned packages. Never fails a build that has no network.
 audit: setup

@@ -1,12 +1,14 @@
-"""Everything that needs a GPU: the marked tests, the CUDA backend's own checks, floor 1's
-benchmarks, a failover, moves of 10 GiB.
+"""Everything that needs a GPU: the conformance kit on CUDA and every OpenCL platform, the marked
+tests, the CUDA backend's own checks, a failover, floor 1's benchmarks, moves of 10 GiB.
 
 Run through `make gpu-check`. With two GPUs also the move between them, in workers that do not see
-each other's device. Ends 1 when a gate is missed or a check fails.
+each other's device. The kits run beside what is not timed, and end before the rest begins. Ends 1
+when a gate is missed or a check fails.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -40,6 +42,7 @@ HAL = (
 )
 """Benchmarks of floor 1, and the parts that need a GPU."""
 HAL_LIMIT_S = 120.0
+KIT_LIMIT_S = 300.0
 _FAILED: list[str] = []
 
 
@@ -71,6 +74,66 @@ def _backend() -> None:
     script = ROOT / "tools/hal_gpu_try.py"
     done = subprocess.run([sys.executable, str(script)], check=False, cwd=ROOT, timeout=120)
     _check("the cuda backend's own checks", done.returncode == 0, f"ended {done.returncode}")
+
+
+class _Kits:
+    """The conformance kit on the last GPU through CUDA, and on a device of each OpenCL platform:
+    on another GPU, where there is one. All at once, each in a process of its own."""
+
+    def __init__(self, reports: Path) -> None:
+        from drivetrain import hal
+
+        self._reports = reports
+        self._began = time.monotonic()
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        gpu = hal.devices("cuda")[-1]
+        chosen = {"cuda": gpu}
+        for device in hal.devices("opencl", all_routes=True):
+            name = f"opencl-{device.vendor}"
+            if name not in chosen or chosen[name].info.pci == gpu.info.pci:
+                chosen[name] = device
+        for name, device in chosen.items():
+            command = [sys.executable, "-m", "drivetrain", "conformance", device.driver]
+            command += ["--device", device.address, "--report", str(reports / f"{name}.json")]
+            with (reports / f"{name}.log").open("wb") as log:
+                self._running[name] = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+                )
+            print(f"  {name}: {device.address}, {device.name}", flush=True)
+
+    def ended(self) -> None:
+        """Wait for all of them and say what came of each."""
+        from drivetrain.hal.conformance.report import STATES, read
+
+        for name in ("opencl-nvidia", "opencl-pocl"):
+            if name not in self._running:
+                print(f"  ({name} is not here)", flush=True)
+        for name, process in self._running.items():
+            left = self._began + KIT_LIMIT_S - time.monotonic()
+            try:
+                process.wait(max(left, 1.0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            path = self._reports / f"{name}.json"
+            if not path.exists():
+                print((self._reports / f"{name}.log").read_text(errors="replace")[-3000:])
+                _check(f"the kit on {name}", False, f"no report; it ended {process.returncode}")
+                continue
+            report = read(path)
+            told = ", ".join(f"{len(report.of(s))} {s}" for s in STATES if report.of(s))
+            for result in report.of("failed"):
+                print(f"  {result.name}: {result.reason}", flush=True)
+            for gap in report.gaps:
+                print(f"  {gap}", flush=True)
+            passed = process.returncode == 0 and report.passed
+            _check(f"the kit on {name}, {report.name}", passed, f"{told} in {report.seconds:.0f} s")
+
+    def close(self) -> None:
+        for process in self._running.values():
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
 
 
 def _until(job: Any, step: int, limit_s: float = 240.0) -> None:
@@ -191,9 +254,9 @@ def _large(runtime: Any, gpus: list[str], report: Report, quick: bool) -> None:
     job.stop()
 
 
-def _hal() -> None:
+def _hal(brief: bool) -> None:
     """The benchmarks of floor 1, each in a process of its own, with a limit."""
-    quick = ["--quick"] if "--quick" in sys.argv else []
+    quick = ["--quick"] if brief else []
     for name, *parts in HAL:
         script = ROOT / f"benchmarks/bench_{name}.py"
         command = [sys.executable, str(script), *quick, *parts]
@@ -204,7 +267,22 @@ def _hal() -> None:
             _check(f"{name} {' '.join(parts)}", False, f"not done within {HAL_LIMIT_S:g} s")
 
 
-def main() -> int:
+def _chosen(arguments: list[str]) -> argparse.Namespace:
+    summary, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    stages = ("kit", "tests", "backend", "digits", "hal", "large")
+    parser.add_argument("--only", choices=stages, default="", help="run this stage alone")
+    parser.add_argument("--quick", action="store_true", help="few rounds: shows that all runs")
+    parser.add_argument("--json", action="store_true", help="the gates as one JSON object, at last")
+    told = "leave the kit's reports there, as DRIVER.json or DRIVER-VENDOR.json"
+    parser.add_argument("--reports", type=Path, metavar="FOLDER", help=told)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    chosen = _chosen(arguments)
     report = Report("gpu")
     with tempfile.TemporaryDirectory(dir=os.environ.get("DRIVETRAIN_GPU_TMP")) as home:
         os.environ["DRIVETRAIN_HOME"] = home
@@ -217,18 +295,25 @@ def main() -> int:
         if not gpus:
             print("no NVIDIA GPU here: nothing to check")
             return 2
-        only = sys.argv[sys.argv.index("--only") + 1] if "--only" in sys.argv else ""
-        with Runtime() as runtime:
-            stages: dict[str, Callable[[], None]] = {
-                "tests": _tests,
-                "backend": _backend,
-                "hal": _hal,
-                "digits": lambda: _small(runtime, gpus),
-                "large": lambda: _large(runtime, gpus, report, "--quick" in sys.argv),
-            }
-            for name, stage in stages.items():
-                if not only or name == only:
-                    _stage(name, stage)
+        reports = chosen.reports or Path(home) / "kit"
+        reports.mkdir(parents=True, exist_ok=True)
+        kits = _Kits(reports) if chosen.only in ("", "kit") else None
+        try:
+            with Runtime() as runtime:
+                stages: dict[str, Callable[[], None]] = {
+                    "tests": _tests,
+                    "backend": _backend,
+                    "digits": lambda: _small(runtime, gpus),
+                    "kit": lambda: kits.ended() if kits else None,
+                    "hal": lambda: _hal(chosen.quick),
+                    "large": lambda: _large(runtime, gpus, report, chosen.quick),
+                }
+                for name, stage in stages.items():
+                    if not chosen.only or name == chosen.only:
+                        _stage(name, stage)
+        finally:
+            if kits is not None:
+                kits.close()
     code = report.finish()
     if _FAILED:
         print(f"failed: {', '.join(_FAILED)}")
@@ -236,4 +321,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
