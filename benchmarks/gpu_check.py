@@ -70,7 +70,8 @@ def _tests() -> None:
 
 
 def _backend() -> None:
-    """What the kit does not ask of CUDA: the caller's context, torch's streams, a stray kernel."""
+    """What the kit does not ask of CUDA: the caller's context, torch's streams, a stray kernel.
+    It counts the GPU's free memory, so it wants the GPU for itself."""
     script = ROOT / "tools/hal_gpu_try.py"
     done = subprocess.run([sys.executable, str(script)], check=False, cwd=ROOT, timeout=120)
     _check("the cuda backend's own checks", done.returncode == 0, f"ended {done.returncode}")
@@ -272,7 +273,7 @@ def _chosen(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=summary, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    stages = ("kit", "tests", "backend", "digits", "hal", "large")
+    stages = ("tests", "digits", "kit", "backend", "hal", "large")
     parser.add_argument("--only", choices=stages, default="", help="run this stage alone")
     parser.add_argument("--quick", action="store_true", help="few rounds: shows that all runs")
     parser.add_argument("--json", action="store_true", help="the gates as one JSON object, at last")
@@ -302,9 +303,9 @@ def main(arguments: list[str]) -> int:
             with Runtime() as runtime:
                 stages: dict[str, Callable[[], None]] = {
                     "tests": _tests,
-                    "backend": _backend,
                     "digits": lambda: _small(runtime, gpus),
                     "kit": lambda: kits.ended() if kits else None,
+                    "backend": _backend,
                     "hal": lambda: _hal(chosen.quick),
                     "large": lambda: _large(runtime, gpus, report, chosen.quick),
                 }
