@@ -258,8 +258,10 @@ def test_place_false_leaves_batches_where_they_are(monkeypatch):
     batch = torch.ones(2)
     for place, where in ((True, "meta"), (False, "cpu")):
         run = drivetrain.TrainingJob(nn.Linear(1, 1, device="meta"), None, [batch], place=place)
-        step = run._open(batch, True, True, 0)
-        assert step.__enter__().device.type == where
+        for step in run:
+            with step as placed:
+                assert placed.device.type == where
+        assert run.completed == 1
 
 
 def test_a_device_that_the_script_asks_for_is_the_jobs():

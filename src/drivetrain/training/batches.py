@@ -39,8 +39,9 @@ class Batches:
 
     def next(self) -> tuple[Any, bool, bool] | None:
         """(batch, whether the optimizer steps on it, whether it ends its epoch); None at last."""
-        while not self.done:
-            self.begin()
+        while self.epoch < self.epochs:
+            if not self._begun:
+                self.begin()
             fetched = self._fetch()
             if fetched is not None:
                 self.in_epoch += 1

@@ -184,7 +184,7 @@ class TrainingJob:
             if agent.role != "owner":
                 yield from self._warm(agent)
         open_step: Step | None = None
-        began = 0
+        began = opening_ns = 0
         try:
             if agent is not None:
                 self._own(agent)
@@ -193,13 +193,17 @@ class TrainingJob:
                 attempt = 0
                 while True:
                     began = time.monotonic_ns()
-                    open_step = self._open(batch, updates, ends_epoch, attempt)
+                    placed = self._placed(batch)
+                    started = time.monotonic_ns()
+                    open_step = self._open(placed, updates, ends_epoch, attempt)
+                    opening_ns = time.monotonic_ns() - started
                     yield open_step
                     if open_step.ok:
                         break
                     attempt += 1
                 step, open_step = open_step, None
-                self._complete(step, began)
+                ended = self._complete(step, began)
+                self._pace.looped(opening_ns + time.monotonic_ns() - ended)
                 self._boundary()
         except GeneratorExit:
             # `break` and `return` complete the step; an exception passing through does not.
@@ -210,17 +214,18 @@ class TrainingJob:
         finally:
             self._leave()
 
+    def _placed(self, batch: Any) -> Any:
+        return place_batch(batch, self.device) if self._place else batch
+
     def _open(
         self, batch: Any, updates: bool, ends_epoch: bool, attempt: int, *, dry: bool = False
     ) -> Step:
         batches = self._batches
-        started = time.perf_counter_ns()
         self._guard.remember(
             gradients=batches.accumulate > 1 and batches.in_epoch % batches.accumulate != 1
         )
-        self._pace.opened(time.perf_counter_ns() - started)
         return Step(
-            place_batch(batch, self.device) if self._place else batch,
+            batch,
             index=self._completed,
             epoch=batches.epoch,
             updates=updates,
@@ -235,7 +240,8 @@ class TrainingJob:
             self._replicator.wait()
         self._guard.stepped = True
 
-    def _complete(self, step: Step, began: int) -> None:
+    def _complete(self, step: Step, began: int) -> int:
+        """Count a step that began then, and show it; when it ended (ns)."""
         if not step.entered:
             raise JobError(
                 "the loop went on without entering the step: write `with step as batch:` in it"
@@ -249,9 +255,11 @@ class TrainingJob:
             raise Moved("another copy owns this job")
         self._completed += 1
         self._pace.completed(ended - began)
-        self._tell_nan(logged)
+        if logged:
+            self._tell_nan(logged)
         if agent is not None:
             self._pace.publish(agent, self._completed, ended, logged, self.device)
+        return ended
 
     def _tell_nan(self, logged: Mapping[str, Any]) -> None:
         if self._nan_told:
@@ -272,13 +280,16 @@ class TrainingJob:
                 if self._agent is not None:
                     self._agent.event("told", kind="carried", name=name, line=line)
         agent, replicator = self._agent, self._replicator
-        if agent is None or replicator is None or not self._batches.at_cut:
+        if agent is None or replicator is None:
+            return
+        due = replicator.due(self._completed)
+        asked = due or agent.attention or self._hold_every
+        if not asked or not self._batches.at_cut:
             return
         if self._hold_every and self._completed - self._held >= self._hold_every:
             self._held = self._completed
             agent.requeue(Message("pause", {"why": "rehearsal"}))
             agent.event("told", kind="held", step=self._completed)
-        due = replicator.due(self._completed)
         if agent.attention or due:
             agent.flush_steps()
         if agent.attention and self._endpoint is not None:
@@ -373,7 +384,7 @@ class TrainingJob:
             for name in ("first_ms", "dry_ms"):  # the first one compiles
                 batch = self._batches.first()
                 started = time.monotonic()
-                yield self._open(batch, True, False, 0, dry=True)
+                yield self._open(self._placed(batch), True, False, 0, dry=True)
                 timings[name] = (time.monotonic() - started) * 1e3
                 self._batches.reset()
         timings["warm_s"] = time.monotonic() - began

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 import statistics
-import time
 from collections import deque
 from typing import Any
 
@@ -26,7 +25,6 @@ class Pace:
         self._took = 0
         self._durations: deque[int] = deque(maxlen=_RECENT_STEPS)
         self._loop_ns: deque[int] = deque(maxlen=_RECENT_STEPS)
-        self._publish_ns = 0
         self._announced = False
 
     @property
@@ -34,23 +32,22 @@ class Pace:
         """What the loop itself costs a step, in seconds (median)."""
         return statistics.median(self._loop_ns) / 1e9
 
-    def opened(self, took_ns: int) -> None:
-        """A step was opened, which took so long."""
-        self._loop_ns.append(took_ns + self._publish_ns)
-
     def completed(self, took_ns: int) -> None:
         """A step was completed, which took so long."""
         self._count += 1
         self._took = took_ns
         self._durations.append(took_ns)
-        if self._count % 8 == 0 or len(self._durations) < 8:
-            self.median_ns = int(statistics.median(self._durations))
+        if self._count % 16 == 0 or self._count < 8:
+            self.median_ns = sorted(self._durations)[len(self._durations) // 2]
+
+    def looped(self, took_ns: int) -> None:
+        """What the loop itself did for that step took so long."""
+        self._loop_ns.append(took_ns)
 
     def publish(
         self, agent: Agent, step: int, ended: int, logged: dict[str, Any], device: torch.device
     ) -> None:
         """The completed step on the status page and in the step log."""
-        started = time.perf_counter_ns()
         page, words = agent.page, agent.page.words
         if not self._announced:
             page.first_step_end_ns = ended
@@ -65,7 +62,6 @@ class Pace:
             agent.state = "running"
             page.peak_bytes = _peak_bytes(device)
             agent.event("running", step=step, peak=page.peak_bytes)
-        self._publish_ns = time.perf_counter_ns() - started
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import random
-import struct
-import sys
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 
 from drivetrain.errors import Retry
 from drivetrain.pytorch import on_chip
+from drivetrain.training.generators import HostGenerators, HostStates
 
 Number = float | int | bool | str
 
@@ -96,6 +94,8 @@ class Step:
 
     def logged(self) -> dict[str, Number]:
         """What was logged, as plain values (waits for the device)."""
+        if not self._logged:
+            return {}
         return {
             name: value.item() if isinstance(value, torch.Tensor) else value
             for name, value in self._logged.items()
@@ -122,11 +122,8 @@ class StepGuard:
         self._parameters = [p for model in models for p in model.parameters()]
         self._gradients: list[torch.Tensor | None] | None = None
         self._device = device
-        self._random: Any = None
-        self._numpy: Any = None
-        self._numpy_generator = _NumpyGenerator()
-        self._python_generator = _PythonGenerator()
-        self._torch: torch.Tensor | None = None
+        self._generators = HostGenerators()
+        self._host: HostStates | None = None
         # Philox: a seed and an offset are the whole state, and reading them asks no device.
         self._cuda: tuple[int, int] | None = None
         self._cuda_generator = _cuda_generator(device)
@@ -138,9 +135,7 @@ class StepGuard:
     def remember(self, *, gradients: bool) -> None:
         """Take the snapshot; with ``gradients`` also those of an unfinished group."""
         self.stepped = False
-        self._random = self._python_generator.state()
-        self._torch = torch.default_generator.get_state()
-        self._numpy = self._numpy_generator.state()
+        self._host = self._generators.states()
         if self._cuda_generator is not None:
             generator = self._cuda_generator
             self._cuda = (generator.initial_seed(), generator.get_offset())
@@ -155,12 +150,11 @@ class StepGuard:
 
     def put_back(self) -> bool:
         """Undo the step so far; False when the optimizer has already stepped."""
-        if self.stepped or self._torch is None:
+        if self.stepped or self._host is None:
             return False
-        random.setstate(self._random)
-        torch.set_rng_state(self._torch)
-        if self._numpy is not None:
-            np.random.set_state(self._numpy)
+        random.setstate(self._host.python)
+        torch.set_rng_state(self._host.torch)
+        np.random.set_state(self._host.numpy)
         if self._cuda is not None and self._cuda_generator is not None:
             self._cuda_generator.manual_seed(self._cuda[0])
             self._cuda_generator.set_offset(self._cuda[1])
@@ -185,6 +179,8 @@ class _Buffers:
 
     def remember(self) -> None:
         """Runs every step: most models have hundreds of modules and few buffers, if any."""
+        if not self._count and not any(self._homes):
+            return
         if not self._are_those_held():
             self._hold()
         if self._groups:
@@ -237,71 +233,3 @@ def _cuda_generator(device: torch.device) -> torch.Generator | None:
         return None
     torch.cuda.init()  # type: ignore[no-untyped-call]
     return torch.cuda.default_generators[device.index or 0]
-
-
-def _memory(address: int, nbytes: int) -> memoryview:
-    """A view of memory that somebody else keeps."""
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
-
-
-class _PythonGenerator:
-    """The state of ``random``, read in full (slow) only when its bits in memory have changed.
-
-    Where the bits lie is CPython's own affair, so it is checked first; where they are not found,
-    every read is a full one.
-    """
-
-    _BYTES = 2500  # a position and 624 words, behind the object's header
-
-    def __init__(self) -> None:
-        self._source: Any = getattr(random, "_inst", None)
-        self._bits = memoryview(b"")
-        self._gauss: Any = None
-        self._was = b""
-        self._known: Any = None
-        self._found = sys.implementation.name == "cpython" and self._is_there()
-
-    def _is_there(self) -> bool:
-        if self._source is None or type(self._source).__basicsize__ < 16 + self._BYTES:
-            return False
-        self._bits = _memory(id(self._source) + object.__basicsize__, self._BYTES)
-        words = struct.unpack("625I", self._bits)
-        return bool((*words[1:], words[0]) == self._source.getstate()[1])
-
-    def state(self) -> Any:
-        if not self._found:
-            return random.getstate()
-        bits, gauss = self._bits.tobytes(), self._source.gauss_next
-        if self._known is None or bits != self._was or gauss != self._gauss:
-            self._known = random.getstate()
-            self._was, self._gauss = bits, gauss
-        return self._known
-
-
-class _NumpyGenerator:
-    """numpy's global state, read in full, which is slow, only when it may have changed.
-
-    Its 2.5 kB of bits change with every draw but one: a normal number that was kept from the draw
-    before. So while no such number is kept, equal bits mean an equal state.
-    """
-
-    _BYTES = 2500  # 624 words and a position
-
-    def __init__(self) -> None:
-        self._generator: Any = None  # kept, and so its memory too
-        self._bits = memoryview(b"")
-        self._was = b""
-        self._known: Any = None
-
-    def state(self) -> Any:
-        generator: Any = np.random.mtrand.get_bit_generator()
-        if generator is not self._generator:
-            if type(generator).__name__ != "MT19937":
-                return np.random.get_state()
-            self._bits = _memory(generator.ctypes.state_address, self._BYTES)
-            self._generator, self._known = generator, None
-        bits = self._bits.tobytes()
-        if self._known is None or bits != self._was or self._known[3]:
-            self._known = np.random.get_state()
-            self._was = bits
-        return self._known
