@@ -184,7 +184,7 @@ class TrainingJob:
             if agent.role != "owner":
                 yield from self._warm(agent)
         open_step: Step | None = None
-        began = opening_ns = 0
+        began = loop_ns = 0
         try:
             if agent is not None:
                 self._own(agent)
@@ -196,20 +196,20 @@ class TrainingJob:
                     placed = self._placed(batch)
                     started = time.monotonic_ns()
                     open_step = self._open(placed, updates, ends_epoch, attempt)
-                    opening_ns = time.monotonic_ns() - started
+                    loop_ns += time.monotonic_ns() - started
                     yield open_step
                     if open_step.ok:
                         break
                     attempt += 1
                 step, open_step = open_step, None
-                ended = self._complete(step, began)
-                self._pace.looped(opening_ns + time.monotonic_ns() - ended)
+                ended = self._complete(step, began, loop_ns)
+                loop_ns = time.monotonic_ns() - ended
                 self._boundary()
         except GeneratorExit:
             # `break` and `return` complete the step; an exception passing through does not.
             left = open_step is not None and open_step.ok and open_step.left
             if left and open_step is not None and left_on_purpose(sys._getframe(1)):
-                self._complete(open_step, began)
+                self._complete(open_step, began, loop_ns)
             raise
         finally:
             self._leave()
@@ -240,8 +240,9 @@ class TrainingJob:
             self._replicator.wait()
         self._guard.stepped = True
 
-    def _complete(self, step: Step, began: int) -> int:
-        """Count a step that began then, and show it; when it ended (ns)."""
+    def _complete(self, step: Step, began: int, loop_ns: int) -> int:
+        """Count a step that began then, and show it; when it ended (ns). ``loop_ns``: what this
+        took the step before, and opening this one."""
         if not step.entered:
             raise JobError(
                 "the loop went on without entering the step: write `with step as batch:` in it"
@@ -254,7 +255,7 @@ class TrainingJob:
         if agent is not None and agent.page.words[EPOCH] != agent.epoch:
             raise Moved("another copy owns this job")
         self._completed += 1
-        self._pace.completed(ended - began)
+        self._pace.completed(ended - began, loop_ns)
         if logged:
             self._tell_nan(logged)
         if agent is not None:

@@ -32,17 +32,14 @@ class Pace:
         """What the loop itself costs a step, in seconds (median)."""
         return statistics.median(self._loop_ns) / 1e9
 
-    def completed(self, took_ns: int) -> None:
-        """A step was completed, which took so long."""
+    def completed(self, took_ns: int, loop_ns: int) -> None:
+        """A step was completed, which took so long, and the loop itself before it so long."""
         self._count += 1
         self._took = took_ns
         self._durations.append(took_ns)
+        self._loop_ns.append(loop_ns)
         if self._count % 16 == 0 or self._count < 8:
             self.median_ns = sorted(self._durations)[len(self._durations) // 2]
-
-    def looped(self, took_ns: int) -> None:
-        """What the loop itself did for that step took so long."""
-        self._loop_ns.append(took_ns)
 
     def publish(
         self, agent: Agent, step: int, ended: int, logged: dict[str, Any], device: torch.device
