@@ -39,43 +39,53 @@ class HostGenerators:
         self._bit_generator = np.random.mtrand.get_bit_generator
         self._numpy: Any = None  # kept, and so its memory too
         self._address = 0
-        self._watched: tuple[memoryview, ...] | None = None
+        self._parts: tuple[tuple[memoryview, ...], ...] = ((), (), ())
+        self._watched: tuple[memoryview, ...] = ()
         self._was = b""
+        self._bits: tuple[bytes, ...] = (b"", b"", b"")
         self._gauss: Any = None
         self._known: HostStates | None = None
-        self._look()
 
     def states(self) -> HostStates:
         """The states now; nobody writes to what is returned. Runs every step."""
+        known = self._known
         if (
-            self._known is None
-            or self._watched is None
-            or b"".join(self._watched) != self._was
-            or self._python.gauss_next is not self._gauss
-            or self._bit_generator() is not self._numpy
-            or self._torch._cdata != self._address
+            known is not None
+            and self._was
+            and b"".join(self._watched) == self._was
+            and self._python.gauss_next is self._gauss
+            and self._bit_generator() is self._numpy
+            and self._torch._cdata == self._address
         ):
-            self._read()
-        assert self._known is not None
-        return self._known
+            return known
+        return self._read()
 
-    def _read(self) -> None:
+    def _read(self) -> HostStates:
+        """Each again of which it is not certain that it is as it was."""
         if self._bit_generator() is not self._numpy or self._torch._cdata != self._address:
             self._look()
-        if self._watched is not None:
-            self._was = b"".join(self._watched)
-            self._gauss = self._python.gauss_next
-        self._known = HostStates(random.getstate(), self._torch.get_state(), np.random.get_state())
-        if self._watched is not None and self._known.numpy[3]:
-            self._was = b""  # the normal number that numpy keeps is taken unseen: read again
+        bits = tuple(b"".join(part) for part in self._parts)
+        gauss = getattr(self._python, "gauss_next", None)
+        known: tuple[Any, Any, Any] = self._known or (None, None, None)
+        python, host, legacy = known
+        same = [bool(now) and now == was for now, was in zip(bits, self._bits, strict=True)]
+        if not same[0] or gauss is not self._gauss:
+            python = random.getstate()
+        if not same[1]:
+            host = self._torch.get_state()
+        if not same[2] or legacy[3]:  # a normal number that numpy keeps is taken unseen
+            legacy = np.random.get_state()
+        self._bits, self._gauss = bits, gauss
+        self._was = b"".join(bits) if all(bits) and not legacy[3] else b""
+        self._known = HostStates(python, host, legacy)
+        return self._known
 
     def _look(self) -> None:
         self._numpy = self._bit_generator()
         self._address = self._torch._cdata
-        parts = [_python(self._python), _torch(self._torch), _numpy(self._numpy)]
-        self._watched = None
-        if all(parts):
-            self._watched = tuple(view for part in parts for view in part)
+        self._parts = (_python(self._python), _torch(self._torch), _numpy(self._numpy))
+        self._watched = tuple(view for part in self._parts for view in part)
+        self._bits = (b"", b"", b"")
 
 
 def _memory(address: int, nbytes: int) -> memoryview:
