@@ -3,6 +3,8 @@
 # ruff: noqa: PT012 - an exception that passes through a loop needs the loop around it
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -265,6 +267,20 @@ def test_an_exception_of_the_users_is_the_users():
         for step in job():
             with step:
                 1 / 0
+
+
+def test_a_loop_that_ends_with_the_interpreter_says_nothing_of_its_own(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import torch, drivetrain\n"
+        "steps = iter(drivetrain.TrainingJob(torch.nn.Linear(1, 1), None, [1, 2]))\n"
+        "with next(steps):\n"
+        "    pass\n"
+        "raise RuntimeError('of the script')\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("RuntimeError: of the script"), done.stderr
 
 
 def test_retry_after_the_block_is_the_users():

@@ -206,9 +206,11 @@ class TrainingJob:
                 loop_ns = time.monotonic_ns() - ended
                 self._boundary()
         except GeneratorExit:
-            # `break` and `return` complete the step; an exception passing through does not.
+            # `break` and `return` complete the step; an exception passing through does not. The
+            # interpreter's own end, where nobody called us, is neither.
             left = open_step is not None and open_step.ok and open_step.left
-            if left and open_step is not None and left_on_purpose(sys._getframe(1)):
+            caller = sys._getframe().f_back
+            if left and open_step is not None and caller and left_on_purpose(caller):
                 self._complete(open_step, began, loop_ns)
             raise
         finally:
