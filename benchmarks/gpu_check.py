@@ -94,6 +94,7 @@ class _Kits:
             if name not in chosen or chosen[name].info.pci == gpu.info.pci:
                 chosen[name] = device
         for name, device in chosen.items():
+            (reports / f"{name}.json").unlink(missing_ok=True)  # of a run before
             command = [sys.executable, "-m", "drivetrain", "conformance", device.driver]
             command += ["--device", device.address, "--report", str(reports / f"{name}.json")]
             with (reports / f"{name}.log").open("wb") as log:
@@ -133,7 +134,7 @@ class _Kits:
     def close(self) -> None:
         for process in self._running.values():
             if process.poll() is None:
-                process.terminate()
+                process.kill()
                 process.wait()
 
 

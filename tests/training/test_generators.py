@@ -65,6 +65,21 @@ def test_states_that_did_not_change_are_not_read_again() -> None:
     assert generators.states() is generators.states()
 
 
+@pytest.mark.filterwarnings("ignore:get_state and legacy")
+def test_a_generator_of_another_kind_is_read_in_full() -> None:
+    generators = HostGenerators()
+    old = np.random.mtrand.get_bit_generator()
+    generators.states()
+    try:
+        np.random.mtrand.set_bit_generator(np.random.PCG64(5))
+        first = generators.states().numpy
+        np.random.rand()
+        assert generators.states().numpy != first
+    finally:
+        np.random.mtrand.set_bit_generator(old)
+    assert same(generators.states(), now())
+
+
 def test_another_generator_of_numpys_is_noticed() -> None:
     generators = HostGenerators()
     old = np.random.mtrand.get_bit_generator()
